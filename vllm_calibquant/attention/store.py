@@ -1,0 +1,97 @@
+"""Coding the visual tokens of a step into their pages, in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_calibquant.config import CalibQuantConfig
+from vllm_calibquant.format import PageFormat
+from vllm_calibquant.quantize import RANGE_ESTIMATORS, RangeEstimator, encode
+from vllm_calibquant.tags import is_visual, page_of, slot_of
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What turns K and V of a page's tokens into the page's bytes."""
+
+    page_format: PageFormat
+    key_estimator: RangeEstimator
+    value_estimator: RangeEstimator
+
+    @classmethod
+    def of(cls, config: CalibQuantConfig, head_size: int, dtype: torch.dtype) -> Codec:
+        """Codec of a layer."""
+        estimator = RANGE_ESTIMATORS[config.range_estimator]
+        extra = {"alpha": config.quantile} if config.range_estimator == "quantile" else {}
+        return cls(
+            PageFormat.uniform(head_size, config.bits, dtype),
+            estimator(factor=config.key_factor, **extra),
+            estimator(factor=config.value_factor, **extra),
+        )
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Pages of the given tokens.
+
+        Parameters
+        ----------
+        key, value
+            ``[P, tokens, Hkv, D]``.
+        valid
+            bool ``[P, tokens]``, True where a token exists.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8 ``[P, Hkv, head_bytes]``.
+        """
+        fmt = self.page_format
+        mask = valid[:, None, :, None]
+        parts = []
+        for x, bits, estimator in (
+            (key, fmt.key_bits, self.key_estimator),
+            (value, fmt.value_bits, self.value_estimator),
+        ):
+            table = torch.tensor(bits, device=x.device)
+            parts.append(encode(x.transpose(1, 2).float(), mask, table, estimator, fmt.dtype))
+        (k, k_scale, k_offset), (v, v_scale, v_offset) = parts
+        return fmt.pack(k, v, torch.cat([k_scale, k_offset, v_scale, v_offset], -2))
+
+
+def store_visual(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_bytes: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    codec: Codec,
+) -> None:
+    """Write the visual tokens of a step.
+
+    Parameters
+    ----------
+    key, value
+        ``[T, Hkv, D]``, visual tokens only; all tokens of a page are among them.
+    kv_bytes
+        uint8 ``[pages, Hkv, head_bytes]``, written in place.
+    slot_mapping
+        int64 ``[T]`` slots ``tagged id * block_size + offset``.
+    codec
+        Ranges and layout.
+    """
+    fmt = codec.page_format
+    block = slot_mapping // fmt.block_size
+    pages, index = torch.unique(page_of(block), return_inverse=True)
+    token = slot_of(block) * fmt.block_size + slot_mapping % fmt.block_size
+    shape = (len(pages), fmt.tokens)
+    valid = torch.zeros(shape, dtype=torch.bool, device=key.device)
+    valid[index, token] = True
+    k = key.new_zeros(*shape, *key.shape[1:])
+    v = value.new_zeros(*shape, *value.shape[1:])
+    k[index, token], v[index, token] = key, value
+    kv_bytes[pages] = codec.encode(k, v, valid)
+
+
+def visual_mask(slot_mapping: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which slots lie in visual pages; padding (negative) does not."""
+    return is_visual(slot_mapping // block_size)

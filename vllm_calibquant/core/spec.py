@@ -1,0 +1,41 @@
+"""The KV cache spec of a layer with mixed pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from vllm_calibquant.config import CalibQuantConfig
+from vllm_calibquant.format import PageFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPageSpec(FullAttentionSpec):
+    """Full attention whose pages hold text at the model's precision or visual tokens in codes.
+
+    A class of its own, and its own base for grouping, so that a layer of another dtype never joins
+    the group and sees tagged ids.
+    """
+
+    slots: int
+    """Sub-slots of a visual page."""
+
+    modalities: tuple[str, ...]
+    """Modalities whose embedded tokens are visual."""
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, config: CalibQuantConfig) -> MixedPageSpec:
+        """The mixed twin of a plain spec: the same page, with another reading of its bytes."""
+        page = PageFormat.uniform(spec.head_size, config.bits, spec.dtype)
+        kwargs = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(**kwargs, slots=page.slots, modalities=config.modalities)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Specs of one group are equal: their pages are shared."""
+        first = specs[0]
+        if any(spec != first for spec in specs):
+            raise ValueError(f"layers of one KV cache group differ: {specs}")
+        return first

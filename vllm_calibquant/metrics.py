@@ -1,0 +1,102 @@
+"""Prometheus metrics: pages by format, visual tokens stored, bytes saved.
+
+The scheduler counts in the engine core and the API server publishes.  vLLM's ``SchedulerStats``,
+which travels between them, has no place for plugins; its counts of KV connector loads by stage are
+an open mapping of names to ints, all readers of which ask for known names, and KV connectors are
+refused with our dtypes.  Our counts ride there under names with a prefix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prometheus_client import Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_calibquant.config import bits_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import SchedulerStats
+
+PREFIX = "calibquant:"
+
+
+class PageCounts(NamedTuple):
+    """What a KV pool holds at one moment, in pages of the pool and in tokens."""
+
+    pages: int
+    """Pages in use, text and visual."""
+    visual_pages: int
+    """Pages in use that hold codes."""
+    visual_tokens: int
+    """Visual tokens in those pages."""
+    bytes_saved: int
+    """Bytes more, in each worker, that the same tokens would take at the model's precision."""
+
+    def to_stats(self) -> dict[str, int]:
+        """As entries of an open mapping of vLLM's statistics."""
+        return {PREFIX + name: value for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_stats(cls, stats: dict[str, int]) -> PageCounts | None:
+        """Read back; None if the engine sent none."""
+        if PREFIX + "pages" not in stats:
+            return None
+        return cls(*(stats[PREFIX + name] for name in cls._fields))
+
+
+class CalibQuantStatLogger(StatLoggerBase):
+    """Publishes :class:`PageCounts` of one engine; does nothing for other KV cache dtypes."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.active = bits_of(vllm_config.cache_config.cache_dtype) is not None
+        self.labels = {
+            "model_name": vllm_config.model_config.served_model_name,
+            "engine": str(engine_index),
+        }
+        self.gauges: dict[str, Gauge] = {}
+
+    def log_engine_initialized(self) -> None:
+        """Create the gauges.
+
+        Not before: vLLM's own logger clears everything named ``vllm:`` when it is made, after us.
+        """
+        if not self.active:
+            return
+        for name, text, labels in (
+            ("pages", "KV cache pages in use, by format.", ["format"]),
+            ("visual_tokens", "Visual tokens stored in codes, in pages in use.", []),
+            (
+                "bytes_saved",
+                "Bytes of KV cache, in each worker, that codes save now against pages at the "
+                "model's precision.",
+                [],
+            ),
+        ):
+            self.gauges[name] = _gauge(f"vllm:calibquant_{name}", text, [*self.labels, *labels])
+        self._set(PageCounts(0, 0, 0, 0))
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Publish the counts of one step."""
+        if self.gauges and scheduler_stats is not None:
+            counts = PageCounts.from_stats(scheduler_stats.num_kv_fetch_reqs_by_stage)
+            if counts is not None:
+                self._set(counts)
+
+    def _set(self, counts: PageCounts) -> None:
+        pages = self.gauges["pages"]
+        pages.labels(**self.labels, format="text").set(counts.pages - counts.visual_pages)
+        pages.labels(**self.labels, format="visual").set(counts.visual_pages)
+        self.gauges["visual_tokens"].labels(**self.labels).set(counts.visual_tokens)
+        self.gauges["bytes_saved"].labels(**self.labels).set(counts.bytes_saved)
+
+
+def _gauge(name: str, documentation: str, labels: list[str]) -> Gauge:
+    return Gauge(name, documentation, labels, multiprocess_mode="mostrecent")

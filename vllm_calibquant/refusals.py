@@ -1,0 +1,96 @@
+"""What cannot be served with mixed pages, each in one sentence that names the value and a remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_calibquant.config import ConfigError, bits_of, load_config
+from vllm_calibquant.format import GROUP, PageFormat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BLOCK_SIZE = 2 * GROUP
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Refuse a finished configuration that has our dtype and something that it cannot serve.
+
+    Raises
+    ------
+    ConfigError
+        With all reasons; a start that would answer wrongly, or drop tags from block ids, must not
+        happen.
+    """
+    dtype = vllm_config.cache_config.cache_dtype
+    load_config(dtype, vllm_config.additional_config)
+    reasons = refusals(vllm_config)
+    if reasons:
+        raise ConfigError(f"--kv-cache-dtype {dtype} cannot be used: " + "; ".join(reasons))
+
+
+def refusals(vllm_config: VllmConfig) -> list[str]:
+    """Reasons why a configuration cannot be served, empty if there is none."""
+    model = vllm_config.model_config
+    cache = vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    found: list[str] = []
+
+    def refuse(condition: object, reason: str) -> None:
+        if condition:
+            found.append(reason)
+
+    if model is None:
+        return ["no model is configured"]
+    refuse(model.use_mla, "the model has multi-head latent attention (MLA), whose cache holds no K")
+    refuse(model.is_encoder_decoder, "encoder-decoder models are not supported")
+    refuse(
+        model.is_hybrid or model.is_attention_free or model.has_inner_state,
+        "models with Mamba or other state layers are not supported",
+    )
+    refuse(
+        model.is_mm_prefix_lm,
+        "image tokens of this model attend to each other in both directions, which is not supported",
+    )
+    refuse(
+        model.get_sliding_window() is not None,
+        f"the model has sliding-window layers (window {model.get_sliding_window()}), which are not "
+        "supported",
+    )
+    if not model.use_mla and not model.is_attention_free:
+        head_size = model.get_head_size()
+        try:
+            PageFormat.uniform(head_size, bits_of(cache.cache_dtype) or 1, model.dtype)
+        except ValueError as error:
+            found.append(str(error))
+    refuse(
+        cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,
+        f"--block-size is {cache.block_size}; leave it unset or give {BLOCK_SIZE}",
+    )
+    refuse(
+        cache.prefix_match_unit not in (None, BLOCK_SIZE),
+        f"prefix_match_unit is {cache.prefix_match_unit}; leave it unset",
+    )
+    refuse(
+        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size) is "
+        "not supported; use tensor parallelism",
+    )
+    refuse(
+        vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+        "KV connectors and KV offloading (--kv-transfer-config, --kv-offloading-size) copy blocks by "
+        "id and are not supported",
+    )
+    refuse(
+        vllm_config.speculative_config is not None,
+        "speculative decoding (--speculative-config) is not supported",
+    )
+    refuse(
+        cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported"
+    )
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    refuse(
+        scheduler is not None and not str(scheduler).startswith("vllm_calibquant."),
+        f"--scheduler-cls is {scheduler}, and mixed pages need a scheduler of their own",
+    )
+    return found

@@ -24,10 +24,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["vllm_calibquant*", "csrc_triton*"]),
-    # vLLM and PyTorch are the host's: a plugin that pulled them in could swap a CUDA build for a CPU
-    # one, or the other way round.  The extras are for fresh environments.
+    # vLLM and PyTorch are the host's: a plugin that pulled them in could swap a CUDA build for a
+    # CPU one, or the other way round.  The extras are for fresh environments.
     install_requires=["pydantic>=2.12", "safetensors"],
     extras_require={
         "cuda": [f"vllm=={VLLM}", "triton"],
@@ -48,6 +48,9 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["calibquant = vllm_calibquant.plugin:register"],
+        "vllm.stat_logger_plugins": [
+            "calibquant = vllm_calibquant.metrics:CalibQuantStatLogger",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

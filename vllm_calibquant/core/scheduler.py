@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_calibquant.core.layout import clip_chunk
 from vllm_calibquant.core.manager import MixedPageManager
+from vllm_calibquant.core.report import capacity_line
 from vllm_calibquant.metrics import PageCounts
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     _Base = Scheduler
 else:
     _Base = object
+
+
+logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
 
 class MixedPageMixin(_Base):
@@ -41,6 +46,17 @@ class MixedPageMixin(_Base):
             )
         for manager in self.mixed_page_managers:
             manager.requests = self.requests
+        first = self.mixed_page_managers[0]
+        group = self.kv_cache_config.kv_cache_groups[first.kv_cache_group_id]
+        logger.info(
+            "%s",
+            capacity_line(
+                self.cache_config.cache_dtype,
+                first.kv_cache_spec,
+                self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
+                len(group.layer_names),
+            ),
+        )
         # vLLM asks its Mamba splitter for the end of every chunk when this is set.  Models with
         # Mamba layers are refused, so the question is ours alone to answer.
         self.need_mamba_block_aligned_split = True

@@ -1,0 +1,64 @@
+"""The line that tells the operator at start what the pool holds."""
+
+from __future__ import annotations
+
+from vllm_calibquant.core.layout import step_layout
+from vllm_calibquant.core.spans import Span
+from vllm_calibquant.core.spec import MixedPageSpec
+
+TYPICAL_VISUAL = 1024
+TYPICAL_TEXT = 256
+"""Tokens of the request that the line counts: an image first, then question and answer."""
+
+
+def request_pages(spec: MixedPageSpec, visual: int, before: int, after: int) -> int:
+    """Pages that a request of one image takes, its prompt computed in one step.
+
+    Parameters
+    ----------
+    spec
+        KV cache spec of the layers.
+    visual
+        Visual tokens, one span.
+    before, after
+        Text tokens before and after the span, generated ones included.
+    """
+    tokens = before + visual + after
+    layout = step_layout(
+        [Span(before, before + visual)],
+        0,
+        tokens,
+        first_block=0,
+        num_blocks=-(-tokens // spec.block_size),
+        block_size=spec.block_size,
+        slots=spec.slots,
+    )
+    return layout.num_pages
+
+
+def capacity_line(cache_dtype: str, spec: MixedPageSpec, num_pages: int, num_layers: int) -> str:
+    """What a pool holds, beside the same pool with every token at the model's precision.
+
+    Parameters
+    ----------
+    cache_dtype
+        Our KV cache dtype.
+    spec
+        KV cache spec of the layers.
+    num_pages
+        Pages that requests can take.
+    num_layers
+        Layers that share a page of the pool.
+    """
+    text_tokens = num_pages * spec.block_size
+    visual_tokens = text_tokens * spec.slots
+    stock = num_pages // -(-(TYPICAL_TEXT + TYPICAL_VISUAL) // spec.block_size)
+    mixed = num_pages // request_pages(spec, TYPICAL_VISUAL, 16, TYPICAL_TEXT - 16)
+    precision = str(spec.dtype).removeprefix("torch.")
+    mib = num_pages * num_layers * spec.page_size_bytes / 2**20
+    return (
+        f"{cache_dtype}: {num_pages:,} KV pages ({mib:,.0f} MiB) hold {text_tokens:,} text tokens in "
+        f"{precision}, or {visual_tokens:,} visual tokens in codes ({spec.slots}x), or {mixed:,} "
+        f"requests of {TYPICAL_VISUAL:,} visual and {TYPICAL_TEXT} text tokens; {precision} pages "
+        f"alone would hold {stock:,}"
+    )

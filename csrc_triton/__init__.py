@@ -1,0 +1,36 @@
+"""Kernels that keep visual tokens of the KV cache in bit-plane pages and attend to them there.
+
+The steps of a layer, in order (all shapes fixed, nothing synchronises with the host):
+
+1. once a step: :func:`build_tables` turns tagged block ids into :class:`StepTables`;
+2. :func:`store` writes the step's K and V, text and visual, in one launch;
+3. decode: stock FlashAttention over ``text_block_table`` and ``text_lens`` gives output and
+   log-sum-exp of the text part, :func:`decode_attention` adds the visual pages and merges;
+4. prefill: FlashAttention over the step's own K and V and over the cached text blocks
+   (``context_text_lens``), :func:`prefill_attention` over the visual pages, :func:`merge_parts`.
+
+Each file holds one kernel, and beside it the plain-PyTorch twin that it is tested against
+(``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
+"""
+
+from .decode import DecodeScratch, allocate_scratch, decode_attention, gluon_serves
+from .merge import merge_parts
+from .metadata import StepTables, allocate_tables, build_tables
+from .prefill import prefill_attention
+from .store import store
+from .tables import DeviceFormat, cache_words
+
+__all__ = [
+    "DecodeScratch",
+    "DeviceFormat",
+    "StepTables",
+    "allocate_scratch",
+    "allocate_tables",
+    "build_tables",
+    "cache_words",
+    "decode_attention",
+    "gluon_serves",
+    "merge_parts",
+    "prefill_attention",
+    "store",
+]

@@ -1,0 +1,253 @@
+"""Attention over cached visual pages in plain Triton: every format, decode and prefill.
+
+One kernel serves decode (rows are the query heads of one KV head, work is split over items of runs)
+and prefill (rows are pairs of query token and head, each program reads all runs of its request).  It
+needs neither Gluon nor Hopper.  The decode fast path is in :mod:`csrc_triton.decode_gluon`.
+
+For a run of sub-slots of one page, with the page's scale and offset (method.md, post-scaling)::
+
+    x_t  = (q * s_K) . code_t + q . lo_K
+    out += s_V * sum_t p_t code_t + lo_V * sum_t p_t
+
+so codes are unpacked in registers as small integers, and no dequantised key or value ever exists.
+
+Calibration needs the smallest and largest score a, m of each row over the whole request first.  With
+them it is one multiply-add a score, ``x' = x * slope + (a - tau_min - a * slope)``.  The slope is held
+at 0 or more: a range smaller than the shift would otherwise reverse the order of the tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .tables import TAG_SHIFT
+
+_TAG = tl.constexpr(TAG_SHIFT)
+_PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
+
+ATTEND = 0
+"""Mode: softmax over the scores as they are."""
+EXTREMES = 1
+"""Mode: smallest and largest score of each row."""
+CALIBRATE = 2
+"""Mode: softmax over the calibrated scores; decode reads the extremes, prefill finds them itself."""
+
+
+@triton.jit
+def _codes(
+    p_words, p_plane, o_token, m_token, o_d,
+    D: tl.constexpr, MAX_BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
+    FULL: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Integer codes ``[tokens, BD]`` of one part of a page (the order is in format.py)."""
+    NB: tl.constexpr = PLANES // 8
+    slot = o_token // 16
+    tile = slot // FULL
+    lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * PLANES // 64
+    group = o_token // 8 - tile * FULL * 2
+    base = tile * (FULL * PLANES // 2)
+    codes = tl.zeros([o_token.shape[0], o_d.shape[0]], tl.int32)
+    for b in tl.static_range(MAX_BITS):
+        plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
+        if TRANSPOSED:
+            row = (plane % 8)[None, :]
+            column = (o_token % 8)[:, None]
+        else:
+            row = (o_token % 8)[:, None]
+            column = (plane % 8)[None, :]
+        pair = group[:, None] * NB + (plane // 8)[None, :]
+        word = base[:, None] + (row * 4 + column // 2) * lane_words[:, None] + pair // 16
+        m = m_token[:, None] & (plane >= 0)[None, :]
+        w = tl.load(p_words + word, mask=m, other=0)
+        codes |= ((w >> ((column % 2) * 16 + pair % 16)) & 1) << b
+    return codes
+
+
+@triton.jit
+def _scores(
+    q, p_page, p_plane, o_token, m_token, o_d, scale, offset,
+    D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[rows, tokens]`` of q ``[rows, BD]`` (1/sqrt(D) included) against a page's keys."""
+    codes = _codes(p_page, p_plane, o_token, m_token, o_d, D, BITS, PLANES, SLOTS, FULL, False)
+    qs = (q * scale[None, :]).to(tl.bfloat16)
+    bias = tl.sum(q * offset[None, :], 1)
+    return tl.dot(qs, tl.trans(codes.to(tl.float32).to(tl.bfloat16))) + bias[:, None]
+
+
+@triton.jit
+def _attend_kernel(
+    p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
+    p_runs, stride_runs, p_num_runs, p_query_start, first_req,
+    p_item_req, p_item_run, p_plan, p_item_start,
+    p_out, stride_ot, stride_oh, p_lse, stride_lt, stride_lh,
+    p_low, p_high, p_key_plane, p_value_plane, scale, tau_min, tau_max,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
+    VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
+    VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
+    MODE: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    i_head = tl.program_id(1)
+    o_r = tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    o_t = tl.arange(0, BT)
+    m_d = o_d < D
+    if DECODE:
+        i_item = tl.program_id(0)
+        if i_item >= tl.load(p_plan):
+            return
+        req = tl.load(p_item_req + i_item)
+        run_begin = tl.load(p_item_run + i_item)
+        run_end = tl.minimum(run_begin + tl.load(p_plan + 1), tl.load(p_num_runs + req))
+        m_r = o_r < GROUP
+        o_q = tl.zeros([BM], tl.int32) + req
+        o_h = i_head * GROUP + o_r
+        o_o = tl.zeros([BM], tl.int32) + i_item
+    else:
+        req = first_req + tl.program_id(2)
+        query_begin = tl.load(p_query_start + req)
+        rows = (tl.load(p_query_start + req + 1) - query_begin) * GROUP
+        o_m = tl.program_id(0) * BM + o_r
+        if tl.program_id(0) * BM >= rows:
+            return
+        m_r = o_m < rows
+        o_q = query_begin + o_m // GROUP
+        o_h = i_head * GROUP + o_m % GROUP
+        o_o = o_q
+        run_begin = 0
+        run_end = tl.load(p_num_runs + req)
+    m_rd = m_r[:, None] & m_d[None, :]
+    p_q_rows = p_q + o_q.to(tl.int64) * stride_qt + o_h * stride_qh
+    q = tl.load(p_q_rows[:, None] + o_d[None, :], mask=m_rd, other=0).to(tl.float32) * scale
+    p_req_runs = p_runs + req.to(tl.int64) * stride_runs
+
+    low = tl.full([BM], float("inf"), tl.float32)
+    high = tl.full([BM], float("-inf"), tl.float32)
+    slope = tl.full([BM], 1.0, tl.float32)
+    shift = tl.zeros([BM], tl.float32)
+    if MODE == 1 or (MODE == 2 and not DECODE):
+        for i_run in range(run_begin, run_end):
+            first = tl.load(p_req_runs + i_run * 2)
+            token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
+            base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
+            p_range = p_cache + base + RANGE_OFFSET
+            ks = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
+            ko = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
+            for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
+                o_token = start + o_t
+                m_token = o_token < token_end
+                s = _scores(
+                    q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
+                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL,
+                )  # fmt: skip
+                low = tl.minimum(low, tl.min(tl.where(m_token[None, :], s, float("inf")), 1))
+                high = tl.maximum(high, tl.max(tl.where(m_token[None, :], s, float("-inf")), 1))
+    if MODE == 1:
+        p_row = o_o.to(tl.int64) * stride_lt + o_h * stride_lh
+        tl.store(p_low + p_row, low, mask=m_r)
+        tl.store(p_high + p_row, high, mask=m_r)
+        return
+    if MODE == 2:
+        if DECODE:
+            for i_other in range(tl.load(p_item_start + req), tl.load(p_item_start + req + 1)):
+                p_row = i_other * stride_lt + o_h * stride_lh
+                low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
+                high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
+        width = high - low
+        some = width > 0
+        slope = tl.maximum((high - tau_max) - (low - tau_min), 0.0) / tl.where(some, width, 1.0)
+        slope = tl.where(some, slope, 0.0)
+        shift = low - tau_min - low * slope
+
+    m_i = tl.full([BM], float("-inf"), tl.float32)
+    l_i = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for i_run in range(run_begin, run_end):
+        first = tl.load(p_req_runs + i_run * 2)
+        token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
+        base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
+        p_range = p_cache + base + RANGE_OFFSET
+        ks = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
+        ko = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
+        vs = tl.load(p_range + 2 * D + o_d, mask=m_d, other=0).to(tl.float32)
+        vo = tl.load(p_range + 3 * D + o_d, mask=m_d, other=0).to(tl.float32)
+        for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
+            o_token = start + o_t
+            m_token = o_token < token_end
+            s = _scores(
+                q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
+                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL,
+            )  # fmt: skip
+            if MODE == 2:
+                s = s * slope[:, None] + shift[:, None]
+            s = tl.where(m_token[None, :], s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            alpha = tl.exp(m_i - m_new)
+            p = tl.exp(s - m_new[:, None])
+            l_tile = tl.sum(p, 1)
+            codes = _codes(
+                p_words + base // 2 + SLOTS * KEY_PLANES // 2, p_value_plane, o_token, m_token, o_d,
+                D, VALUE_BITS, VALUE_PLANES, SLOTS, VALUE_FULL, True,
+            )  # fmt: skip
+            pv = tl.dot(p.to(tl.bfloat16), codes.to(tl.float32).to(tl.bfloat16))
+            acc = acc * alpha[:, None] + pv * vs[None, :] + l_tile[:, None] * vo[None, :]
+            l_i = l_i * alpha + l_tile
+            m_i = m_new
+
+    some = l_i > 0
+    out = acc / tl.where(some, l_i, 1.0)[:, None]
+    lse = tl.where(some, m_i + tl.log(tl.where(some, l_i, 1.0)), float("-inf"))
+    p_row = p_out + o_o.to(tl.int64) * stride_ot + o_h * stride_oh
+    tl.store(p_row[:, None] + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_rd)
+    tl.store(p_lse + o_o.to(tl.int64) * stride_lt + o_h * stride_lh, lse, mask=m_r)
+
+
+def naive_visual_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    calibration: tuple[float, float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of the kernels: attention of all rows over all given visual tokens.
+
+    Parameters
+    ----------
+    query
+        ``[rows, Hq, D]``, any float dtype; computed in float64.
+    key, value
+        ``[tokens, Hkv, D]``, dequantised.
+    scale
+        Factor on scores, usually ``D ** -0.5``.
+    calibration
+        ``(tau_min, tau_max)``, or None for scores as they are.
+
+    Returns
+    -------
+    out : torch.Tensor
+        float64 ``[rows, Hq, D]``; 0 without tokens.
+    lse : torch.Tensor
+        float64 ``[Hq, rows]``, natural logarithm; -inf without tokens.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    group = query.shape[1] // key.shape[1]
+    if key.shape[0] == 0:
+        lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
+        return torch.zeros_like(query), lse
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,thd->hqt", query, key) * scale
+    if calibration is not None:
+        scores = naive_calibrate(scores, *calibration)
+    out = torch.einsum("hqt,thd->qhd", scores.softmax(-1), value)
+    return out, scores.logsumexp(-1)
+
+
+def naive_calibrate(scores: torch.Tensor, tau_min: float, tau_max: float) -> torch.Tensor:
+    """Calibrated scores ``[..., tokens]`` (CalibQuant, method.md), slope held at 0 or more."""
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    width = high - low
+    slope = ((high - tau_max) - (low - tau_min)).clamp(min=0) / torch.where(width > 0, width, 1)
+    return low - tau_min + (scores - low) * torch.where(width > 0, slope, 0)

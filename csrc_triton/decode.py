@@ -1,0 +1,157 @@
+"""Decode attention over visual pages: split over items, exact calibration, merge with the text part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .attention import ATTEND, CALIBRATE, EXTREMES, _attend_kernel
+from .merge import _merge_splits_kernel
+from .metadata import StepTables
+from .tables import DeviceFormat, cache_words
+
+
+@dataclass
+class DecodeScratch:
+    """Buffers between the launches of a decode step; one set serves all layers.
+
+    Attributes
+    ----------
+    out : torch.Tensor
+        float32 ``[max_items, Hq, D]``: normalised partial output of an item.
+    lse, low, high : torch.Tensor
+        float32 ``[max_items, Hq]``: its log-sum-exp, smallest and largest score.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def allocate_scratch(tables: StepTables, num_heads: int, head_size: int) -> DecodeScratch:
+    """Allocate the buffers of :func:`decode_attention` for ``num_heads`` query heads of this rank."""
+    shape = (tables.max_items, num_heads)
+    device = tables.plan.device
+    return DecodeScratch(
+        out=torch.empty(*shape, head_size, dtype=torch.float32, device=device),
+        lse=torch.empty(shape, dtype=torch.float32, device=device),
+        low=torch.empty(shape, dtype=torch.float32, device=device),
+        high=torch.empty(shape, dtype=torch.float32, device=device),
+    )
+
+
+def decode_attention(
+    tables: StepTables,
+    scratch: DecodeScratch,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    calibration: tuple[float, float] | None = None,
+    text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    lse: torch.Tensor | None = None,
+    kernel: str = "auto",
+) -> None:
+    """Attention of one new token of each request over its visual pages, merged with the text part.
+
+    Two launches, three with calibration.  The grid depends on shapes only.
+
+    Parameters
+    ----------
+    tables
+        Tables of the step; row i of ``query`` is request i, which must be one of the first
+        ``num_decodes`` requests.
+    scratch
+        Buffers of :func:`allocate_scratch`.
+    fmt
+        Page format of the layer.
+    query
+        ``[num_requests, Hq, D]``; head h reads KV head ``h // (Hq // Hkv)``.  With a static basis,
+        pass the transformed query and merge in a second step.
+    kv_cache
+        ``[num_blocks, Hkv, 16, 2 D]``, one contiguous run for each (page, head).
+    out
+        ``[num_requests, Hq, D]``, written.
+    scale
+        Factor on scores, usually ``D ** -0.5``.
+    calibration
+        ``(tau_min, tau_max)`` of the score calibration, or None.
+    text
+        Output ``[num_requests, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_requests]``, natural
+        logarithm, -inf or +inf for no keys) of the text part; None if there is none.
+    lse
+        float32 ``[Hq, num_requests]``, written if given: the log-sum-exp of everything in ``out``.
+    kernel
+        "gluon", "triton", or "auto": Gluon where it serves the format and the device.
+
+    Raises
+    ------
+    ValueError
+        For more than 16 query heads a KV head, or if ``kernel="gluon"`` does not serve the format.
+    """
+    num_requests, num_heads, d = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    group = num_heads // num_kv_heads
+    if num_heads % num_kv_heads or group > 16:
+        raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads: at most 16 a KV head")
+    if num_requests == 0:
+        return
+    use_gluon = kernel != "triton" and gluon_serves(fmt, group, query.device)
+    if kernel == "gluon" and not use_gluon:
+        raise ValueError("the Gluon kernel does not serve this format on this device")
+    split = _split_gluon if use_gluon else _split_triton
+    split(tables, scratch, fmt, query, kv_cache, scale, calibration)
+    has_text = text is not None
+    text_out, text_lse = text if text is not None else (query, scratch.lse)
+    out_lse = scratch.lse if lse is None else lse
+    _merge_splits_kernel[(num_requests, num_heads)](
+        scratch.out, scratch.lse, tables.item_start, 0,
+        text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
+        out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
+        NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
+        HAS_LSE=lse is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
+    """Whether the Gluon decode kernel serves a format, query group and device."""
+    return False
+
+
+def _split_gluon(tables, scratch, fmt, query, kv_cache, scale, calibration) -> None:
+    raise NotImplementedError
+
+
+def _split_triton(
+    tables: StepTables,
+    scratch: DecodeScratch,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+    calibration: tuple[float, float] | None,
+) -> None:
+    num_requests, num_heads, d = query.shape
+    page = fmt.page
+    tau_min, tau_max = calibration or (0.0, 0.0)
+    bd = triton.next_power_of_2(d)
+    for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        _attend_kernel[(tables.items_for(num_requests), kv_cache.shape[1])](
+            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+            kv_cache.stride(0), kv_cache.stride(1),
+            tables.runs, tables.runs.stride(0), tables.num_runs, tables.num_runs, 0,
+            tables.item_req, tables.item_run, tables.plan, tables.item_start,
+            scratch.out, scratch.out.stride(0), scratch.out.stride(1),
+            scratch.lse, num_heads, 1,
+            scratch.low, scratch.high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
+            D=d, BD=bd, GROUP=num_heads // kv_cache.shape[1], BM=16, BT=32 if bd > 128 else 64,
+            KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
+            KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
+            KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
+            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Merge partial attention results by log-sum-exp in float32, and write the final output.
+
+``out = sum_i w_i out_i / sum_i w_i`` with ``w_i = exp(lse_i - max lse)``.  One kernel merges the splits
+of a decode step with the text part; another merges up to three parts of a prefill step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _merge_splits_kernel(
+    p_part, p_part_lse, p_item_start, first_req,
+    p_text, stride_tt, stride_th, p_text_lse, stride_lh,
+    p_out, stride_ot, stride_oh, p_lse, stride_eh,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0)
+    i_head = tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    m_i = float("-inf")
+    l_i = 0.0
+    acc = tl.zeros([BD], tl.float32)
+    if HAS_TEXT:
+        lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
+        # FlashAttention gives +inf for a row without keys.
+        if (lse > float("-inf")) & (lse < float("inf")):
+            m_i = lse
+            l_i = 1.0
+            p_row = p_text + i_row.to(tl.int64) * stride_tt + i_head * stride_th
+            acc = tl.load(p_row + o_d, mask=m_d, other=0).to(tl.float32)
+    begin = tl.load(p_item_start + first_req + i_row)
+    end = tl.load(p_item_start + first_req + i_row + 1)
+    for i_item in range(begin, end):
+        at = i_item * NUM_HEADS + i_head
+        lse = tl.load(p_part_lse + at)
+        x = tl.load(p_part + at * D + o_d, mask=m_d, other=0).to(tl.float32)
+        m_new = tl.maximum(m_i, lse)
+        old = tl.exp(m_i - m_new)
+        new = tl.exp(lse - m_new)
+        acc = acc * old + x * new
+        l_i = l_i * old + new
+        m_i = m_new
+    safe = tl.where(l_i > 0, l_i, 1.0)
+    p_row = p_out + i_row.to(tl.int64) * stride_ot + i_head * stride_oh
+    tl.store(p_row + o_d, (acc / safe).to(p_out.dtype.element_ty), mask=m_d)
+    if HAS_LSE:
+        lse = tl.where(l_i > 0, m_i + tl.log(safe), float("-inf"))
+        tl.store(p_lse + i_head * stride_eh + i_row, lse)
+
+
+@triton.jit
+def _merge_parts_kernel(
+    p_a, stride_at, stride_ah, p_a_lse, stride_al,
+    p_b, stride_bt, stride_bh, p_b_lse, stride_bl,
+    p_c, stride_ct, stride_ch, p_c_lse, stride_cl,
+    p_out, stride_ot, stride_oh,
+    D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    i_head = tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    lse_a = tl.load(p_a_lse + i_head * stride_al + i_row)
+    lse_b = tl.load(p_b_lse + i_head * stride_bl + i_row)
+    lse_c = lse_a
+    if PARTS == 3:
+        lse_c = tl.load(p_c_lse + i_head * stride_cl + i_row)
+    else:
+        lse_c = tl.full([], float("-inf"), tl.float32)
+    # FlashAttention gives +inf for a row without keys.
+    lse_a = tl.where(lse_a == float("inf"), float("-inf"), lse_a)
+    lse_b = tl.where(lse_b == float("inf"), float("-inf"), lse_b)
+    lse_c = tl.where(lse_c == float("inf"), float("-inf"), lse_c)
+    top = tl.maximum(tl.maximum(lse_a, lse_b), lse_c)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    w_a = tl.exp(lse_a - top)
+    w_b = tl.exp(lse_b - top)
+    w_c = tl.exp(lse_c - top)
+    a = tl.load(p_a + i_row * stride_at + i_head * stride_ah + o_d, mask=m_d & (w_a > 0), other=0)
+    b = tl.load(p_b + i_row * stride_bt + i_head * stride_bh + o_d, mask=m_d & (w_b > 0), other=0)
+    acc = a.to(tl.float32) * w_a + b.to(tl.float32) * w_b
+    if PARTS == 3:
+        c = tl.load(p_c + i_row * stride_ct + i_head * stride_ch + o_d, mask=m_d & (w_c > 0), other=0)
+        acc += c.to(tl.float32) * w_c
+    total = w_a + w_b + w_c
+    acc = acc / tl.where(total > 0, total, 1.0)
+    p_row = p_out + i_row * stride_ot + i_head * stride_oh
+    tl.store(p_row + o_d, acc.to(p_out.dtype.element_ty), mask=m_d)
+
+
+def merge_parts(
+    out: torch.Tensor,
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Merge two or three partial results of the same rows.
+
+    Parameters
+    ----------
+    out
+        ``[rows, Hq, D]``, written; may be one of the parts.
+    parts
+        Pairs of a partial output ``[rows, Hq, D]`` and its log-sum-exp, float32 ``[Hq, rows]``,
+        natural logarithm.  An lse of -inf or +inf (FlashAttention's sign for "no keys") means that
+        the part has no keys, and its output is not looked at.
+
+    Raises
+    ------
+    ValueError
+        If there are not two or three parts.
+    """
+    if len(parts) not in (2, 3):
+        raise ValueError(f"can merge 2 or 3 parts, got {len(parts)}")
+    rows, heads, d = out.shape
+    if rows == 0:
+        return
+    args: list = []
+    for x, lse in [*parts, parts[0]][:3]:
+        args += [x, x.stride(0), x.stride(1), lse, lse.stride(0)]
+    _merge_parts_kernel[(rows, heads)](
+        *args, out, out.stride(0), out.stride(1),
+        D=d, BD=triton.next_power_of_2(d), PARTS=len(parts), num_warps=1,
+    )  # fmt: skip
+
+
+def naive_merge(
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of the merge kernels in float64: output ``[rows, Hq, D]`` and lse ``[Hq, rows]``."""
+    lses = torch.stack([lse.double() for _, lse in parts])
+    lses = torch.where(lses == float("inf"), float("-inf"), lses)
+    total = lses.logsumexp(0)
+    weights = (lses - torch.where(total.isinf(), 0, total)).exp().transpose(1, 2)[..., None]
+    outs = torch.stack([x.double() for x, _ in parts])
+    return torch.where(weights > 0, outs * weights, 0).sum(0), total

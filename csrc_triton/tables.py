@@ -1,0 +1,123 @@
+"""What the kernels need to know of a page format: plane tables on the device.
+
+A kernel meets a page as 32-bit words.  :class:`DeviceFormat` holds, for K and for V, the plane of
+every bit of every component, so that one kernel serves uniform and per-component widths alike, and
+the numbers that the range estimator needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_calibquant.format import PageFormat, plane_map
+
+TAG_SHIFT = 23
+"""Bits of a tagged block id that name the page; the bits above are 1 + sub-slot (0 for text)."""
+
+BLOCK = 16
+"""Tokens of a text block and of a sub-slot."""
+
+
+@dataclass(frozen=True)
+class DeviceFormat:
+    """A :class:`~vllm_calibquant.format.PageFormat` on a device.
+
+    Parameters
+    ----------
+    page
+        Byte map of a page; ``page.dtype`` must be ``torch.bfloat16`` or ``torch.float16``.
+    device
+        Where the tables live.
+    key_clip, value_clip
+        Factor c on both ends of a range (method.md): a number, or one for each of the D components.
+
+    Attributes
+    ----------
+    key_plane, value_plane : torch.Tensor
+        int32 ``[max bits, D]``: the plane of bit b of component j, or -1.
+    key_source, value_source : torch.Tensor
+        int32 ``[2, P]``: component and bit of every plane; bit -1 for a padding plane.
+    key_clips, value_clips : torch.Tensor
+        float32 ``[D]``.
+    key_levels, value_levels : torch.Tensor
+        float32 ``[D]``: ``2**bits - 1`` of each component; 0 for a component without codes, which
+        keeps its page mean.
+
+    Raises
+    ------
+    ValueError
+        If the dtype is not a 16-bit one.
+    """
+
+    page: PageFormat
+    device: torch.device | str
+    key_clip: float | tuple[float, ...] = 0.5
+    value_clip: float | tuple[float, ...] = 0.3
+    key_plane: torch.Tensor = field(init=False, repr=False, compare=False)
+    value_plane: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_source: torch.Tensor = field(init=False, repr=False, compare=False)
+    value_source: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_clips: torch.Tensor = field(init=False, repr=False, compare=False)
+    value_clips: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_levels: torch.Tensor = field(init=False, repr=False, compare=False)
+    value_levels: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.page.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"the kernels serve 16-bit models, got {self.page.dtype}")
+        for name, bits, clip in (
+            ("key", self.page.key_bits, self.key_clip),
+            ("value", self.page.value_bits, self.value_clip),
+        ):
+            d = self.page.head_size
+            clips = torch.as_tensor(clip, dtype=torch.float32).expand(d).to(self.device)
+            levels = torch.tensor([2.0**b - 1 for b in bits], device=self.device)
+            object.__setattr__(self, f"{name}_plane", _plane_table(bits).to(self.device))
+            source = torch.stack(plane_map(bits)).to(torch.int32).to(self.device)
+            object.__setattr__(self, f"{name}_source", source)
+            object.__setattr__(self, f"{name}_clips", clips.contiguous())
+            object.__setattr__(self, f"{name}_levels", levels)
+
+    @property
+    def uniform_bits(self) -> int:
+        """Bits of every component of K and V, or 0 if they differ."""
+        widths = set(self.page.key_bits) | set(self.page.value_bits)
+        return widths.pop() if len(widths) == 1 else 0
+
+
+def _plane_table(bits: tuple[int, ...]) -> torch.Tensor:
+    component, bit = plane_map(bits)
+    table = torch.full((max(max(bits), 1), len(bits)), -1, dtype=torch.int32)
+    real = bit >= 0
+    planes = torch.arange(len(bit), dtype=torch.int32)
+    table[bit[real], component[real]] = planes[real]
+    return table
+
+
+def cache_words(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The KV cache of a layer as 32-bit words.
+
+    Parameters
+    ----------
+    kv_cache
+        16-bit ``[num_blocks, num_kv_heads, 16, 2 D]``; each (page, head) is one contiguous run.
+
+    Returns
+    -------
+    torch.Tensor
+        int32 ``[num_blocks, num_kv_heads, 16, D]``, the same bytes.
+
+    Raises
+    ------
+    ValueError
+        If a (page, head) is not contiguous.
+    """
+    rows, width = kv_cache.shape[2:]
+    if rows != BLOCK or kv_cache.stride(3) != 1 or kv_cache.stride(2) != width:
+        raise ValueError(
+            f"a page of a KV head must be one contiguous run of {BLOCK} rows; got shape "
+            f"{tuple(kv_cache.shape)} with strides {kv_cache.stride()}"
+        )
+    return kv_cache.view(torch.int32)

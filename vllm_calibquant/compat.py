@@ -8,12 +8,13 @@ dtype is one of ours and otherwise hands the call on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
 from vllm_calibquant.config import DTYPE_BITS, ConfigError
+from vllm_calibquant.tags import is_visual
 
 VLLM_VERSIONS = ("0.32.0",)
 """vLLM releases whose private names are known here; all other releases are refused."""
@@ -71,6 +72,13 @@ PATCHES = (
         "when the registry does not ask whether it is empty",
     ),
     Patch(
+        "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
+        "note which requests have a visual block",
+        "the block table lives on the GPU, and a batch without visual pages must take vLLM's own "
+        "path without asking the GPU",
+        "when attention metadata carries block ids on the host",
+    ),
+    Patch(
         "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
         "override it in our scheduler",
         "it is the one place where vLLM lets the end of a prefill chunk be moved",
@@ -83,6 +91,10 @@ PATCHES = (
         "when it has",
     ),
 )
+
+
+_VISUAL_REQUESTS: set[int] = set()
+"""Rows of the worker's block table that have a visual block."""
 
 
 def vllm_version() -> str:
@@ -171,3 +183,30 @@ def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:
 
     method.__calibquant__ = True  # type: ignore[attr-defined]
     setattr(platform, name, classmethod(method))
+
+
+def watch_block_tables() -> None:
+    """Keep track, in a GPU worker, of the requests that have a visual block."""
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    original = BlockTables.append_block_ids
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def append_block_ids(
+        self: Any, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
+    ) -> None:
+        if overwrite:
+            _VISUAL_REQUESTS.discard(req_index)
+        if any(is_visual(block_id) for group in new_block_ids for block_id in group):
+            _VISUAL_REQUESTS.add(req_index)
+        original(self, req_index, new_block_ids, overwrite)
+
+    append_block_ids.__calibquant__ = True  # type: ignore[attr-defined]
+    BlockTables.append_block_ids = append_block_ids
+
+
+def any_visual(rows: Iterable[int]) -> bool:
+    """Whether a request in one of these rows of the worker's block table has a visual block."""
+    return bool(_VISUAL_REQUESTS) and not _VISUAL_REQUESTS.isdisjoint(int(row) for row in rows)

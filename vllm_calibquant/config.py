@@ -114,7 +114,9 @@ def load_config(cache_dtype: str, additional_config: Any) -> CalibQuantConfig:
     for key in section:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key {key!r} in additional_config.{SECTION}; nearest is {near!r}")
+            raise ConfigError(
+                f"unknown key {key!r} in additional_config.{SECTION}; nearest is {near!r}"
+            )
     bits = DTYPE_BITS[cache_dtype]
     if section.get("bits", bits) != bits:
         raise ConfigError(

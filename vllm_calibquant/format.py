@@ -132,9 +132,7 @@ class PageFormat:
             )
 
     @classmethod
-    def uniform(
-        cls, head_size: int, bits: int, dtype: torch.dtype = torch.bfloat16
-    ) -> PageFormat:
+    def uniform(cls, head_size: int, bits: int, dtype: torch.dtype = torch.bfloat16) -> PageFormat:
         """Format with the same number of bits for every channel of K and of V."""
         return cls(head_size, (bits,) * head_size, (bits,) * head_size, dtype)
 
@@ -239,9 +237,7 @@ class PageFormat:
         )
         return out
 
-    def unpack(
-        self, page: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def unpack(self, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Read pages back.
 
         Parameters
@@ -258,7 +254,9 @@ class PageFormat:
         """
         end = self.value_code_offset + self.value_code_bytes
         k = unpack_planes(page[..., : self.key_code_bytes], self.key_planes, transposed=False)
-        v = unpack_planes(page[..., self.value_code_offset : end], self.value_planes, transposed=True)
+        v = unpack_planes(
+            page[..., self.value_code_offset : end], self.value_planes, transposed=True
+        )
         return (
             planes_to_codes(k, self.key_bits),
             planes_to_codes(v, self.value_bits),

@@ -36,7 +36,11 @@ def register() -> None:
     from vllm_calibquant.core.manager import MixedPageManager
     from vllm_calibquant.core.spec import MixedPageSpec
 
-    compat.add_backend(CPU_BACKEND if current_platform.is_cpu() else CUDA_BACKEND)
+    if current_platform.is_cpu():
+        compat.add_backend(CPU_BACKEND)
+    else:
+        compat.add_backend(CUDA_BACKEND)
+        compat.watch_block_tables()
     compat.add_spec(MixedPageSpec, MixedPageManager)
     compat.wrap_platform("get_attn_backend_cls", select_backend)
 

@@ -85,8 +85,11 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         vllm_config.speculative_config is not None,
         "speculative decoding (--speculative-config) is not supported",
     )
+    refuse(cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported")
     refuse(
-        cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported"
+        vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner,
+        "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "
+        "that vLLM's log names as unsupported by it",
     )
     scheduler = vllm_config.scheduler_config.scheduler_cls
     refuse(

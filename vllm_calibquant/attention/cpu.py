@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_calibquant.attention.reference import Calibration, VisualPages, mixed_attention
+from vllm_calibquant.attention.common import BLOCK_SIZE, MixedBackend, MixedLayer
+from vllm_calibquant.attention.reference import VisualPages, mixed_attention
 from vllm_calibquant.attention.store import Codec, store_visual, visual_mask
-from vllm_calibquant.config import DTYPE_BITS, CalibQuantConfig, load_config
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.format import GROUP
 from vllm_calibquant.tags import is_visual, page_of, slot_of
-
-BLOCK_SIZE = 2 * GROUP
 
 
 @dataclass(frozen=True)
@@ -91,24 +87,8 @@ class MixedCPUMetadata(CPUAttentionMetadata):
     views: list[RequestView] | None = None
 
 
-class MixedCPUBackend(CPUAttentionBackend):
+class MixedCPUBackend(MixedBackend, CPUAttentionBackend):
     """vLLM's CPU backend with 16-token pages, some of which hold codes."""
-
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *DTYPE_BITS]
-    config: ClassVar[CalibQuantConfig | None] = None
-    """Settings of the model loaded last in this process; :func:`customize_spec` has no other way to
-    them."""
-    model_dtype: ClassVar[torch.dtype | None] = None
-
-    @staticmethod
-    def get_name() -> str:
-        """Name in vLLM's registry of backends."""
-        return "CALIBQUANT"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Sixteen: a tag would not survive the splitting of larger blocks."""
-        return [BLOCK_SIZE]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -124,12 +104,6 @@ class MixedCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[MixedCPUMetadataBuilder]:
         """Class of the metadata builder."""
         return MixedCPUMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Mixed pages for the layers that have our dtype."""
-        assert cls.config is not None and cls.model_dtype is not None
-        return MixedPageSpec.of(replace(spec, dtype=cls.model_dtype), cls.config)
 
 
 class PlainCPUBackend(CPUAttentionBackend):
@@ -174,37 +148,13 @@ class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return MixedCPUMetadata(**vars(metadata), views=views)
 
 
-class MixedCPUImpl(CPUAttentionBackendImpl):
-    """One attention layer with mixed pages.
-
-    Raises
-    ------
-    NotImplementedError
-        For ALiBi, soft-capped scores, sliding windows and attention sinks, which the codes' part of
-        the softmax does not have.
-    """
+class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
+    """One attention layer with mixed pages."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        vllm_config = get_current_vllm_config()
-        dtype, config = vllm_config.model_config.dtype, load_config_of(vllm_config)
-        refused = {
-            "ALiBi": self.alibi_slopes is not None,
-            "soft-capped attention scores": bool(self.logits_soft_cap),
-            "sliding-window attention": self.sliding_window != -1,
-            "attention sinks": self.sinks is not None,
-            "attention other than causal self-attention": self.attn_type != AttentionType.DECODER,
-        }
-        for name, present in refused.items():
-            if present:
-                raise NotImplementedError(
-                    f"--kv-cache-dtype {self.kv_cache_dtype} does not support {name}; serve this "
-                    "model with --kv-cache-dtype auto"
-                )
-        self.kv_cache_dtype = "auto"  # text pages, as vLLM's own kernels read them
-        self.codec = Codec.of(config, self.head_size, dtype)
-        self.calibration = Calibration(config.tau_min, config.tau_max) if config.calibrated else None
-        MixedCPUBackend.config, MixedCPUBackend.model_dtype = config, dtype
+        self.init_mixed()
+        self.codec = Codec.of(self.config, self.head_size, MixedBackend.model_dtype)
 
     def do_kv_cache_update(
         self,
@@ -227,14 +177,10 @@ class MixedCPUImpl(CPUAttentionBackendImpl):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
         key, value = key[: len(slot_mapping)], value[: len(slot_mapping)]
-        store_visual(
-            key[coded], value[coded], as_bytes(kv_cache), slot_mapping[coded], self.codec
-        )
+        store_visual(key[coded], value[coded], as_bytes(kv_cache), slot_mapping[coded], self.codec)
         text = ~coded & (slot_mapping >= 0)
         if text.any():
-            super().do_kv_cache_update(
-                layer, key[text], value[text], kv_cache, slot_mapping[text]
-            )
+            super().do_kv_cache_update(layer, key[text], value[text], kv_cache, slot_mapping[text])
 
     def forward(
         self,
@@ -280,11 +226,6 @@ class MixedCPUImpl(CPUAttentionBackendImpl):
                 calibration=self.calibration,
             )
         return output
-
-
-def load_config_of(vllm_config: Any) -> CalibQuantConfig:
-    """Our settings in a :class:`vllm.config.VllmConfig`."""
-    return load_config(vllm_config.cache_config.cache_dtype, vllm_config.additional_config)
 
 
 def as_bytes(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -210,4 +210,3 @@ class MixedPageManager(FullAttentionManager):
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         self.ledger.release(visual_pages(blocks))
         return distinct_pages(blocks)
-

@@ -1,0 +1,374 @@
+"""CUDA backend: vLLM's FlashAttention for all that is text, our kernels for pages of codes.
+
+A step is served in one of three ways:
+
+* *stock*: no request of the batch has a visual page, which the host knows; vLLM's own path.
+* *decode*: every request has one new token.  FlashAttention reads the text blocks through a compact
+  block table, our split kernel reads the visual pages, and a merge joins the two.  This is the way
+  that CUDA graphs hold: where a batch has no visual page, our kernels find empty tables and the
+  merge leaves FlashAttention's output as it is.
+* *mixed*: decodes as above; for the other requests the new tokens among themselves (from K and V in
+  hand, so that prefill is exact), the cached text and the cached visual pages are three parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+import csrc_triton as kernels
+from vllm_calibquant import compat
+from vllm_calibquant.attention.common import MixedBackend, MixedLayer
+from vllm_calibquant.attention.store import Codec
+from vllm_calibquant.core.spec import MixedPageSpec
+
+
+class MixedCUDABackend(MixedBackend, FlashAttentionBackend):
+    """vLLM's FlashAttention backend with 16-token pages, some of which hold codes."""
+
+    @staticmethod
+    def get_impl_cls() -> type[MixedCUDAImpl]:
+        """Class of the layers."""
+        return MixedCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MixedCUDAMetadataBuilder]:
+        """Class of the metadata builder."""
+        return MixedCUDAMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major: what the page format describes is one run of bytes for each KV head."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """The only block size there is."""
+        return cls.get_supported_kernel_block_sizes()[0]  # type: ignore[return-value]
+
+
+@dataclass
+class Prefills:
+    """The requests of a mixed step that have more than one new token."""
+
+    first_request: int
+    num_requests: int
+    tokens: slice
+    """Their rows in the batch."""
+    query_start_loc: torch.Tensor
+    """int32 ``[num_requests + 1]``, counted from their first row."""
+    batch_query_start_loc: torch.Tensor
+    """int32 ``[num_reqs + 1]`` of the whole batch."""
+    has_context: bool
+    """Whether any of them has cached tokens."""
+
+
+@dataclass
+class MixedCUDAMetadata(FlashAttentionMetadata):
+    """vLLM's metadata of the step, or of its decodes over text blocks where pages hold codes."""
+
+    visual: bool = False
+    """Whether a page of the batch may hold codes; False means vLLM's own path."""
+    num_decodes: int = 0
+    """Requests, first in the batch, with one new token."""
+    prefills: Prefills | None = None
+
+
+class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
+    """Builds the tables of a step once for all layers."""
+
+    kv_cache_spec: MixedPageSpec
+    # Graphs hold decodes; other batches take the way that the host chooses.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    supports_update_block_table = False
+    reorder_batch_threshold: int | None = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: MixedPageSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM pads the block table's rows; a wider buffer than needed costs little.
+        width = kv_cache_spec.max_num_blocks_per_req(
+            vllm_config, vllm_config.model_config.max_model_len
+        )
+        self.tables = kernels.allocate_tables(
+            max_num_reqs=max(
+                vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0
+            ),
+            max_num_blocks=-(-width // 128) * 128 + 128,
+            max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            slots=kv_cache_spec.slots,
+            num_kv_heads=kv_cache_spec.num_kv_heads,
+            device=device,
+        )
+        scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for layer in layers.values():
+            layer.impl.tables = self.tables
+            layer.impl.scratch = scratch
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> MixedCUDAMetadata:
+        """Metadata of a dummy batch: what is captured must serve batches with visual pages."""
+        return self._build(common_attn_metadata, fast_build=False, visual=True)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> MixedCUDAMetadata:
+        """Metadata of a step."""
+        requests = common_attn_metadata.req_idx
+        visual = requests is not None and compat.any_visual(requests)
+        return self._build(common_attn_metadata, fast_build, visual)
+
+    def _build(
+        self, common: CommonAttentionMetadata, fast_build: bool, visual: bool
+    ) -> MixedCUDAMetadata:
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=1
+        )
+        tables = self.tables
+        kernels.build_tables(
+            tables,
+            common.block_table_tensor,
+            common.seq_lens,
+            common.query_start_loc,
+            common.slot_mapping,
+            num_decodes=num_decodes,
+        )
+        if num_prefills and not visual:
+            return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
+        # FlashAttention sees the decodes only, and of them the text only.
+        decodes = replace(
+            common,
+            num_reqs=num_decodes,
+            num_actual_tokens=num_decode_tokens,
+            max_query_len=1,
+            query_start_loc=common.query_start_loc[: num_decodes + 1],
+            query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
+            block_table_tensor=tables.text_block_table[:num_decodes],
+            seq_lens=tables.text_lens[:num_decodes],
+        )
+        if num_decodes:
+            metadata = MixedCUDAMetadata(**vars(super().build(0, decodes, fast_build)))
+        else:
+            metadata = MixedCUDAMetadata(
+                num_actual_tokens=0,
+                max_query_len=1,
+                query_start_loc=decodes.query_start_loc,
+                max_seq_len=common.max_seq_len,
+                seq_lens=decodes.seq_lens,
+                block_table=decodes.block_table_tensor,
+                slot_mapping=common.slot_mapping,
+            )
+        metadata.visual = visual
+        metadata.num_decodes = num_decodes
+        if num_prefills:
+            starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1]
+            lengths = starts[1:] - starts[:-1]
+            # Exact for prefills: only decodes are scheduled ahead of their sampled tokens.
+            totals = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs]
+            metadata.max_query_len = common.max_query_len
+            metadata.prefills = Prefills(
+                first_request=num_decodes,
+                num_requests=num_prefills,
+                tokens=slice(num_decode_tokens, common.num_actual_tokens),
+                query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1]
+                - num_decode_tokens,
+                batch_query_start_loc=common.query_start_loc,
+                has_context=bool((totals > lengths).any()),
+            )
+        return metadata
+
+
+class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
+    """One attention layer with mixed pages."""
+
+    tables: kernels.StepTables
+    """Tables of the step; the metadata builder puts its own here."""
+    scratch: kernels.DecodeScratch
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_mixed()
+        codec = Codec.of(self.config, self.head_size, MixedBackend.model_dtype)
+        self.page_format = kernels.DeviceFormat(
+            codec.page_format,
+            torch.device("cuda", torch.cuda.current_device()),
+            key_clip=self.config.key_factor,
+            value_clip=self.config.value_factor,
+        )
+        self.quantile = self.config.quantile if self.config.range_estimator == "quantile" else None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the tokens of a step: text as it is, visual tokens as codes."""
+        n = slot_mapping.shape[0]
+        kernels.store(
+            self.tables,
+            self.page_format,
+            key[:n],
+            value[:n],
+            kv_cache,
+            slot_mapping,
+            quantile=self.quantile,
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a step; shapes as in vLLM's FlashAttention backend."""
+        if attn_metadata is None or not attn_metadata.visual:
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        if attn_metadata.num_decodes:
+            self._decode(query, kv_cache, attn_metadata, output)
+        if attn_metadata.prefills is not None:
+            self._prefill(query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: MixedCUDAMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        n = metadata.num_actual_tokens
+        query, output = query[:n], output[:n]
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        text, text_lse = flash_attn_varlen_func(
+            q=query,
+            k=key_cache,
+            v=value_cache,
+            cu_seqlens_q=metadata.query_start_loc,
+            max_seqlen_q=1,
+            seqused_k=metadata.seq_lens,
+            max_seqlen_k=metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=metadata.block_table,
+            scheduler_metadata=metadata.scheduler_metadata,
+            num_splits=metadata.max_num_splits,
+            return_softmax_lse=True,
+            fa_version=self.vllm_flash_attn_version,
+        )
+        kernels.decode_attention(
+            self.tables,
+            self.scratch,
+            self.page_format,
+            query,
+            kv_cache,
+            output,
+            scale=self.scale,
+            calibration=self.calibration,
+            text=(text, text_lse),
+        )
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: MixedCUDAMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        prefills = metadata.prefills
+        assert prefills is not None
+        rows = prefills.tokens
+        common = {
+            "q": query[rows],
+            "cu_seqlens_q": prefills.query_start_loc,
+            "max_seqlen_q": metadata.max_query_len,
+            "softmax_scale": self.scale,
+            "return_softmax_lse": True,
+            "fa_version": self.vllm_flash_attn_version,
+        }
+        own = flash_attn_varlen_func(
+            k=key[rows],
+            v=value[rows],
+            cu_seqlens_k=prefills.query_start_loc,
+            max_seqlen_k=metadata.max_query_len,
+            causal=True,
+            **common,
+        )
+        if not prefills.has_context:
+            output[rows].copy_(own[0])
+            return
+        requests = slice(prefills.first_request, prefills.first_request + prefills.num_requests)
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        text = flash_attn_varlen_func(
+            k=key_cache,
+            v=value_cache,
+            seqused_k=self.tables.context_text_lens[requests],
+            max_seqlen_k=metadata.max_seq_len,
+            block_table=self.tables.text_block_table[requests],
+            causal=False,
+            **common,
+        )
+        n = rows.stop
+        codes = torch.empty_like(query[:n])
+        codes_lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
+        kernels.prefill_attention(
+            self.tables,
+            self.page_format,
+            query[:n],
+            kv_cache,
+            prefills.batch_query_start_loc,
+            codes,
+            codes_lse,
+            first_request=prefills.first_request,
+            num_requests=prefills.num_requests,
+            max_query_len=metadata.max_query_len,
+            scale=self.scale,
+            calibration=self.calibration,
+        )
+        kernels.merge_parts(output[rows], [own, text, (codes[rows], codes_lse[:, rows])])

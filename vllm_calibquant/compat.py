@@ -126,11 +126,11 @@ def check_version() -> None:
 def add_cache_dtypes() -> None:
     """Let vLLM accept our KV cache dtypes, list them in its help, and map them to a torch dtype."""
     import torch
+    from pydantic.dataclasses import rebuild_dataclass
     from vllm.config import cache
     from vllm.config.vllm import VllmConfig
     from vllm.engine import arg_utils
     from vllm.utils import torch_utils
-    from pydantic.dataclasses import rebuild_dataclass
 
     known = get_args(cache.CacheDType)
     new = tuple(name for name in DTYPE_BITS if name not in known)

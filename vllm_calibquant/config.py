@@ -1,7 +1,7 @@
 """User configuration: ``--additional-config '{"calibquant": {...}}'`` or the same in YAML.
 
-Every key has the published value as its default, so that ``--kv-cache-dtype calibquant1`` alone is a
-complete configuration.
+Every key has the published value as its default, so that ``--kv-cache-dtype calibquant1`` alone is
+a complete configuration.
 """
 
 from __future__ import annotations

@@ -21,13 +21,14 @@ With a 16-bit model ``head_bytes = 64 D``; 8 D of them are ranges, so 448 D bits
 holds ``448 D / (P_K + P_V)`` tokens, rounded down to whole *sub-slots* of ``block_size`` tokens.
 
 **Bit planes.**  A channel with ``b`` bits is ``b`` planes of weight ``s, 2s, 4s, ...``.  Planes are
-ordered by bit, then by channel: plane ``p`` is bit ``p // D`` of channel ``p % D`` when all channels
-have the same width (:func:`plane_map`).  The number of planes is padded to a multiple of 32.
+ordered by bit, then by channel: plane ``p`` is bit ``p // D`` of channel ``p % D`` when all
+channels have the same width (:func:`plane_map`). The number of planes is padded to a multiple of
+32.
 
 **Order of the code bits.**  Tokens go in groups of 8, planes in blocks of 8.  A *tile* is as many
-sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 256 planes); the last
-tile of a page may have fewer.  Lane ``l`` of a tile owns consecutive 32-bit words.  With ``nb``
-plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16`` at bit
+sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 256 planes); the
+last tile of a page may have fewer. Lane ``l`` of a tile owns consecutive 32-bit words. With
+``nb`` plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16`` at bit
 ``e % 16`` of the low half-word and of the high half-word, and stands for two code bits:
 
 =====  =============================  ==================================  =======================
@@ -41,8 +42,8 @@ This is the register order of the A operand of ``mma.m16n8k16`` (rows are tokens
 for V), so that ``word & (0x00010001 << bit)`` *is* an operand register whose two halves are zero or
 an exact power of two in bfloat16; the power folds into the query (K) or into the output (V).
 
-The functions here are plain PyTorch and know neither vLLM nor Triton.  They are what the kernels are
-tested against.
+The functions here are plain PyTorch and know neither vLLM nor Triton. They are what the kernels
+are tested against.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def plane_map(bits: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     component, bit : torch.Tensor
-        int64 ``[padded_planes(sum(bits))]``.  Planes are ordered by bit, then by component.  Padding
-        planes have component 0 and bit -1; their codes are always 0.
+        int64 ``[padded_planes(sum(bits))]``. Planes are ordered by bit, then by component.
+        Padding planes have component 0 and bit -1; their codes are always 0.
     """
     pairs = [(j, b) for b in range(max(bits, default=0)) for j, n in enumerate(bits) if n > b]
     pairs += [(0, -1)] * (padded_planes(len(pairs)) - len(pairs))
@@ -264,7 +265,7 @@ class PageFormat:
         )
 
     def unpack_ranges(self, page: torch.Tensor) -> torch.Tensor:
-        """``[..., 4, D]`` K scale, K offset, V scale, V offset of uint8 pages ``[..., head_bytes]``."""
+        """K scale, K offset, V scale, V offset ``[..., 4, D]`` of uint8 ``[..., head_bytes]``."""
         ranges = page[..., self.range_offset :].contiguous().view(self.dtype)
         return ranges.unflatten(-1, (4, self.head_size))
 
@@ -299,8 +300,8 @@ def planes_to_codes(planes: torch.Tensor, bits: tuple[int, ...]) -> torch.Tensor
 def _bit_positions(slots: int, planes: int, transposed: bool) -> torch.Tensor:
     """Position of every code bit of a part.
 
-    Returns int64 ``[slots * 16 * planes]``: for each (token, plane) in row-major order, the index of
-    its bit in the part, counting bits of a byte and bytes of a word from the low end.
+    Returns int64 ``[slots * 16 * planes]``: for each (token, plane) in row-major order, the index
+    of its bit in the part, counting bits of a byte and bytes of a word from the low end.
     """
     token, plane = torch.meshgrid(
         torch.arange(slots * 2 * GROUP), torch.arange(planes), indexing="ij"
@@ -343,7 +344,7 @@ def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 
 def unpack_planes(code: torch.Tensor, planes: int, *, transposed: bool) -> torch.Tensor:
-    """Inverse of :func:`pack_planes`: uint8 ``[..., slots * 2 * P]`` to ``[..., slots * 16, P]``."""
+    """Inverse of :func:`pack_planes`: ``[..., slots * 2 * P]`` to ``[..., slots * 16, P]``."""
     slots = code.shape[-1] * 8 // planes // (2 * GROUP)
     where = _bit_positions(slots, planes, transposed).to(code.device)
     shifts = torch.arange(8, device=code.device, dtype=torch.uint8)

@@ -1,8 +1,8 @@
 """Entry point of the group ``vllm.general_plugins``: makes vLLM know our KV cache dtypes.
 
-vLLM calls :func:`register` in the API server, in the engine core and in every worker.  A plugin that
-raises is only logged, so what must hold is checked again where it matters: the scheduler refuses to
-start without mixed pages, and a worker without this plugin does not know the dtype.
+vLLM calls :func:`register` in the API server, in the engine core and in every worker. A plugin
+that raises is only logged, so what must hold is checked again where it matters: the scheduler
+refuses to start without mixed pages, and a worker without this plugin does not know the dtype.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
-    """After the platform's own changes to a configuration: refuse, then set what our dtype needs."""
+    """After the platform's changes to a configuration: refuse, then set what our dtype needs."""
     original(vllm_config)
     dtype = vllm_config.cache_config.cache_dtype
     if bits_of(dtype) is None:

@@ -1,4 +1,4 @@
-"""What cannot be served with mixed pages, each in one sentence that names the value and a remedy."""
+"""What cannot be served with mixed pages, each in a sentence with the value and a remedy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
     )
     refuse(
         model.is_mm_prefix_lm,
-        "image tokens of this model attend to each other in both directions, which is not supported",
+        "image tokens of this model attend in both directions, which is not supported",
     )
     refuse(
         model.get_sliding_window() is not None,
@@ -78,8 +78,8 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
     )
     refuse(
         vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
-        "KV connectors and KV offloading (--kv-transfer-config, --kv-offloading-size) copy blocks by "
-        "id and are not supported",
+        "KV connectors and KV offloading (--kv-transfer-config, --kv-offloading-size) copy blocks "
+        "by id and are not supported",
     )
     refuse(
         vllm_config.speculative_config is not None,

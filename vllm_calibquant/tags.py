@@ -1,8 +1,9 @@
 """Tagged block ids: the one integer that tells the worker where a block is and in which format.
 
-A text block keeps its page id ``p``.  Sub-slot ``s`` of visual page ``p`` is ``p + ((1 + s) << 23)``.
-With fewer than 2**23 pages and at most 15 sub-slots, ``id * 16 + offset``, which is how vLLM forms a
-slot, stays inside int32, and decoding is a shift and a mask.  Nothing else tells formats apart.
+A text block keeps its page id ``p``. Sub-slot ``s`` of visual page ``p`` is ``p + ((1 + s) <<
+23)``. With fewer than 2**23 pages and at most 15 sub-slots, ``id * 16 + offset``, which is how vLLM
+forms a slot, stays inside int32, and decoding is a shift and a mask. Nothing else tells formats
+apart.
 
 Every function takes ints and integer tensors alike.
 """

@@ -68,6 +68,7 @@ class MixedLayer:
 
     calibration: Calibration | None
     config: CalibQuantConfig
+    model_dtype: torch.dtype
 
     def init_mixed(self: Any) -> None:
         """Read our settings; called at the end of the constructor of the platform's layer."""
@@ -93,5 +94,5 @@ class MixedLayer:
         self.calibration = (
             Calibration(config.tau_min, config.tau_max) if config.calibrated else None
         )
-        MixedBackend.config = config
-        MixedBackend.model_dtype = vllm_config.model_config.dtype
+        self.model_dtype = vllm_config.model_config.dtype
+        MixedBackend.config, MixedBackend.model_dtype = config, self.model_dtype

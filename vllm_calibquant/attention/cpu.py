@@ -154,7 +154,7 @@ class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_mixed()
-        self.codec = Codec.of(self.config, self.head_size, MixedBackend.model_dtype)
+        self.codec = Codec.of(self.config, self.head_size, self.model_dtype)
 
     def do_kv_cache_update(
         self,

@@ -214,7 +214,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_mixed()
-        codec = Codec.of(self.config, self.head_size, MixedBackend.model_dtype)
+        codec = Codec.of(self.config, self.head_size, self.model_dtype)
         self.page_format = kernels.DeviceFormat(
             codec.page_format,
             torch.device("cuda", torch.cuda.current_device()),

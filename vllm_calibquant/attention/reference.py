@@ -1,6 +1,7 @@
 """Attention over exact and coded tokens in plain PyTorch: what every kernel is tested against.
 
-Keys and values of visual tokens are never dequantised.  With scale ``s`` and offset ``o`` of a page,
+Keys and values of visual tokens are never dequantised. With scale ``s`` and offset ``o`` of a
+page,
 
 * scores: ``q . k_t = (q * s_K) . code_t + q . o_K`` (CalibQuant, Eq. 6),
 * output: ``sum_t p_t v_t = s_V * sum_t p_t code_t + o_V sum_t p_t`` (Eq. 7),
@@ -95,7 +96,7 @@ def mixed_attention(
     torch.Tensor
         float32 ``[T, Hq, D]``.
     """
-    t, hq, d = query.shape
+    t, hq, _ = query.shape
     hkv = key.shape[1]
     q = query.float().unflatten(1, (hkv, hq // hkv))  # [T, Hkv, G, D]
     k, v = key.float(), value.float()

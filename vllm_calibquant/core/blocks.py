@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
@@ -82,7 +83,7 @@ class HashEntry(KVCacheBlock):
         return VisualBlock(self.page, self.slot, num_tokens)
 
 
-Block = KVCacheBlock | VisualBlock
+Block: TypeAlias = KVCacheBlock | VisualBlock
 
 
 def distinct_pages(blocks: Iterable[Block]) -> list[KVCacheBlock]:

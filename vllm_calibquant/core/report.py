@@ -57,8 +57,8 @@ def capacity_line(cache_dtype: str, spec: MixedPageSpec, num_pages: int, num_lay
     precision = str(spec.dtype).removeprefix("torch.")
     mib = num_pages * num_layers * spec.page_size_bytes / 2**20
     return (
-        f"{cache_dtype}: {num_pages:,} KV pages ({mib:,.0f} MiB) hold {text_tokens:,} text tokens in "
-        f"{precision}, or {visual_tokens:,} visual tokens in codes ({spec.slots}x), or {mixed:,} "
-        f"requests of {TYPICAL_VISUAL:,} visual and {TYPICAL_TEXT} text tokens; {precision} pages "
-        f"alone would hold {stock:,}"
+        f"{cache_dtype}: {num_pages:,} KV pages ({mib:,.0f} MiB) hold {text_tokens:,} text tokens "
+        f"in {precision}, or {visual_tokens:,} visual tokens in codes ({spec.slots}x), or "
+        f"{mixed:,} requests of {TYPICAL_VISUAL:,} visual and {TYPICAL_TEXT} text tokens; "
+        f"{precision} pages alone would hold {stock:,}"
     )

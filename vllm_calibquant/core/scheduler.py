@@ -17,16 +17,12 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 
-    _Base = Scheduler
-else:
-    _Base = object
-
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
 
-class MixedPageMixin(_Base):
-    """What both schedulers add.
+class MixedPageScheduler(Scheduler):
+    """Scheduler for mixed pages.
 
     Raises
     ------
@@ -105,9 +101,5 @@ class MixedPageMixin(_Base):
         return stats
 
 
-class MixedPageScheduler(MixedPageMixin, Scheduler):
-    """Scheduler for mixed pages."""
-
-
-class MixedPageAsyncScheduler(MixedPageMixin, AsyncScheduler):
-    """Scheduler for mixed pages with async scheduling."""
+class MixedPageAsyncScheduler(MixedPageScheduler, AsyncScheduler):
+    """The same over vLLM's scheduler that plans a step ahead."""

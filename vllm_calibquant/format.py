@@ -26,8 +26,10 @@ channels have the same width (:func:`plane_map`). The number of planes is padded
 32.
 
 **Order of the code bits.**  Tokens go in groups of 8, planes in blocks of 8.  A *tile* is as many
-sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 256 planes); the
-last tile of a page may have fewer. Lane ``l`` of a tile owns consecutive 32-bit words. With
+sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 256 planes), one for
+more planes, and two where planes are not a multiple of 64, so that lanes have whole words; the last
+tile of a page may have fewer. A page has at most 14 sub-slots, as many as block ids can name, and in
+the case of two an even number. Lane ``l`` of a tile owns consecutive 32-bit words. With
 ``nb`` plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16`` at bit
 ``e % 16`` of the low half-word and of the high half-word, and stands for two code bits:
 
@@ -106,8 +108,8 @@ class PageFormat:
     Raises
     ------
     ValueError
-        If a head size is not a multiple of 8, a component has more than 8 bits, or not even one
-        sub-slot fits.
+        If a head size is not a multiple of 8, a component has more than 8 bits, a part has none at
+        all, or not even one sub-slot fits.
     """
 
     head_size: int
@@ -126,6 +128,8 @@ class PageFormat:
                 raise ValueError(f"{name} has {len(bits)} entries for head size {self.head_size}")
             if not all(0 <= b <= 8 for b in bits):
                 raise ValueError(f"{name} must lie in 0..8")
+            if not any(bits):
+                raise ValueError(f"{name} are all 0")
         if self.slots < 1:
             raise ValueError(
                 f"{sum(self.key_bits)} + {sum(self.value_bits)} planes do not fit a page of head "

@@ -27,6 +27,9 @@ from .tables import TAG_SHIFT
 _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 
+DOT_DTYPE = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+"""Dtype of the operands of a dot; the interpreter multiplies bfloat16 bit patterns as integers."""
+
 ATTEND = 0
 """Mode: softmax over the scores as they are."""
 EXTREMES = 1
@@ -69,12 +72,13 @@ def _codes(
 def _scores(
     q, p_page, p_plane, o_token, m_token, o_d, scale, offset,
     D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[rows, tokens]`` of q ``[rows, BD]`` (1/sqrt(D) included) against a page's keys."""
     codes = _codes(p_page, p_plane, o_token, m_token, o_d, D, BITS, PLANES, SLOTS, FULL, False)
-    qs = (q * scale[None, :]).to(tl.bfloat16)
+    qs = (q * scale[None, :]).to(DOT)
     bias = tl.sum(q * offset[None, :], 1)
-    return tl.dot(qs, tl.trans(codes.to(tl.float32).to(tl.bfloat16))) + bias[:, None]
+    return tl.dot(qs, tl.trans(codes.to(tl.float32).to(DOT))) + bias[:, None]
 
 
 @triton.jit
@@ -88,7 +92,7 @@ def _attend_kernel(
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
     VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    MODE: tl.constexpr, DECODE: tl.constexpr,
+    MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     o_r = tl.arange(0, BM)
@@ -141,7 +145,7 @@ def _attend_kernel(
                 m_token = o_token < token_end
                 s = _scores(
                     q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
-                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL,
+                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT,
                 )  # fmt: skip
                 low = tl.minimum(low, tl.min(tl.where(m_token[None, :], s, float("inf")), 1))
                 high = tl.maximum(high, tl.max(tl.where(m_token[None, :], s, float("-inf")), 1))
@@ -179,7 +183,7 @@ def _attend_kernel(
             m_token = o_token < token_end
             s = _scores(
                 q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
-                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL,
+                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT,
             )  # fmt: skip
             if MODE == 2:
                 s = s * slope[:, None] + shift[:, None]
@@ -192,7 +196,7 @@ def _attend_kernel(
                 p_words + base // 2 + SLOTS * KEY_PLANES // 2, p_value_plane, o_token, m_token, o_d,
                 D, VALUE_BITS, VALUE_PLANES, SLOTS, VALUE_FULL, True,
             )  # fmt: skip
-            pv = tl.dot(p.to(tl.bfloat16), codes.to(tl.float32).to(tl.bfloat16))
+            pv = tl.dot(p.to(DOT), codes.to(tl.float32).to(DOT))
             acc = acc * alpha[:, None] + pv * vs[None, :] + l_tile[:, None] * vo[None, :]
             l_i = l_i * alpha + l_tile
             m_i = m_new

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .attention import ATTEND, CALIBRATE, EXTREMES, _attend_kernel
+from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .merge import _merge_splits_kernel
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words
@@ -153,5 +153,5 @@ def _split_triton(
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
-            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, num_warps=4,
+            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE, num_warps=4,
         )  # fmt: skip

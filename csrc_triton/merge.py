@@ -82,12 +82,13 @@ def _merge_parts_kernel(
     w_a = tl.exp(lse_a - top)
     w_b = tl.exp(lse_b - top)
     w_c = tl.exp(lse_c - top)
-    a = tl.load(p_a + i_row * stride_at + i_head * stride_ah + o_d, mask=m_d & (w_a > 0), other=0)
-    b = tl.load(p_b + i_row * stride_bt + i_head * stride_bh + o_d, mask=m_d & (w_b > 0), other=0)
-    acc = a.to(tl.float32) * w_a + b.to(tl.float32) * w_b
+    a = tl.load(p_a + i_row * stride_at + i_head * stride_ah + o_d, mask=m_d, other=0)
+    b = tl.load(p_b + i_row * stride_bt + i_head * stride_bh + o_d, mask=m_d, other=0)
+    # A part without keys may hold anything, NaN included.
+    acc = tl.where(w_a > 0, a.to(tl.float32) * w_a, 0.0) + tl.where(w_b > 0, b.to(tl.float32) * w_b, 0.0)
     if PARTS == 3:
-        c = tl.load(p_c + i_row * stride_ct + i_head * stride_ch + o_d, mask=m_d & (w_c > 0), other=0)
-        acc += c.to(tl.float32) * w_c
+        c = tl.load(p_c + i_row * stride_ct + i_head * stride_ch + o_d, mask=m_d, other=0)
+        acc += tl.where(w_c > 0, c.to(tl.float32) * w_c, 0.0)
     total = w_a + w_b + w_c
     acc = acc / tl.where(total > 0, total, 1.0)
     p_row = p_out + i_row * stride_ot + i_head * stride_oh

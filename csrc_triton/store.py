@@ -179,6 +179,15 @@ def _code(x, scale, offset, levels):
 
 
 @triton.jit
+def _round(x, dtype: tl.constexpr):
+    """Round to nearest even; by hand for bfloat16, where the interpreter truncates."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D: tl.constexpr):
     """Scale and offset from the extremes of each channel; its mean if it has no codes."""
     clip = tl.load(p_clip + o_c, mask=m_c, other=0)
@@ -187,9 +196,8 @@ def _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D: tl.c
     high *= clip
     coded = levels > 0
     scale = tl.where(coded, (high - low) / tl.where(coded, levels, 1.0), 0.0)
-    dtype = p_ranges.dtype.element_ty
-    tl.store(p_ranges + o_c, scale.to(dtype, fp_downcast_rounding="rtne"), mask=m_c)
-    offset = tl.where(coded, low, mean).to(dtype, fp_downcast_rounding="rtne")
+    tl.store(p_ranges + o_c, _round(scale, p_ranges.dtype.element_ty), mask=m_c)
+    offset = _round(tl.where(coded, low, mean), p_ranges.dtype.element_ty)
     tl.store(p_ranges + D + o_c, offset, mask=m_c)
 
 

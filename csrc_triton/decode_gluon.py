@@ -1,0 +1,326 @@
+"""Decode attention over visual pages in Gluon: codes become mma operands without leaving registers.
+
+A program is one warp: it owns an item (some runs of one request) and one KV head.  In a page each lane
+owns whole 32-bit words whose order is that of the A operand of ``mma.m16n8k16`` (format.py).  With the
+queries of the KV head as N = 8 (or 16) columns,
+
+* scores: A = K codes, rows are the 16 tokens of a sub-slot, columns are channels; B = q * s_K;
+* output: A = V codes, rows are channels, columns are tokens; B = P.
+
+``word & (0x00010001 << i)`` is an A register: two bfloat16 numbers that are 0 or the power of two
+``2**EXPONENT[i]`` whose encoding is bit i alone (bit 15 is the sign, so it is moved to bit 14).  One
+LOP3 unpacks two codes.  The power depends on the channel block only, so it folds into q * s_K for the
+scores and into s_V for the output.  Exponents reach 2**-133, hence the common factors ``2**-SCORE_EXP``
+on scores and ``2**P_EXP`` on P that keep every product a normal number; nothing on the way flushes
+subnormals to zero.
+
+The softmax probabilities leave the scores' accumulator as (token, query) and enter the second product
+as (query, token): ``movmatrix`` transposes an 8 x 8 block of 16-bit numbers inside the warp.
+
+The bias q . lo_K of a page is the accumulator that its score products start from: a product with
+rows all equal to lo_K, so every row of the result is the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .tables import TAG_SHIFT
+
+_TAG = gl.constexpr(TAG_SHIFT)
+_PAGE_MASK = gl.constexpr((1 << TAG_SHIFT) - 1)
+_SCORE_EXP = gl.constexpr(30)
+_P_EXP = gl.constexpr(100)
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def _slot_layout(blocks):
+    """[16 tokens, blocks, 4, 2] (K) with the registers and lanes of an A operand of 16 x 8 blocks."""
+    block_bases = [[0, 1 << i, 0, 0] for i in range(blocks.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [8, 0, 0, 0], *block_bases],
+        [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        [], [], [16, blocks, 4, 2],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _channel_layout(blocks):
+    """[blocks, 8 channels, 2 token groups, 4, 2] (V), likewise with rows as channels."""
+    rest = [[1 << i, 0, 0, 0, 0] for i in range(1, blocks.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], *rest],
+        [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
+        [], [], [blocks, 8, 2, 4, 2],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _exponent(i):
+    """Power of two that bit i alone encodes in bfloat16 (bit 15 is read from bit 14)."""
+    normal = gl.where(i > 13, 1, 0)
+    e = i - 133
+    e = gl.where(i == 7, -126, e)
+    e = gl.where(i == 8, -125, e)
+    e = gl.where(i == 9, -123, e)
+    e = gl.where(i == 10, -119, e)
+    e = gl.where(i == 11, -111, e)
+    e = gl.where(i == 12, -95, e)
+    e = gl.where(i == 13, -63, e)
+    return gl.where(normal > 0, 1, e)
+
+
+@gluon.jit
+def _pow2(e):
+    """2**e as float32 for -126 <= e <= 127."""
+    return ((e + 127) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _unpack(word, mask):
+    """Two bfloat16 numbers a register: word & mask."""
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $3;", "=r,r,r,r,r", [word, mask], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _transpose_8x8(x):
+    """Exchange (row, column) inside every 8 x 8 block of a 16-bit accumulator fragment."""
+    return gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _multiply(x, y):
+    """x * y of bfloat16 pairs, without flushing subnormals (a fused add of -0 exists on sm_80)."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 z; mov.b32 z, 0x80008000U; fma.rn.bf16x2 $0, $1, $2, z; }", "=r,r,r", [x, y],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_tile(p, WORDS: gl.constexpr):
+    """WORDS words of each lane, consecutive in memory: int32 [32, WORDS]."""
+    L: gl.constexpr = gl.BlockedLayout([1, WORDS], [32, 1], [1, 1], [1, 0])
+    o_l = gl.arange(0, 32, gl.SliceLayout(1, L))
+    o_w = gl.arange(0, WORDS, gl.SliceLayout(0, L))
+    return gl.load(p + o_l[:, None] * WORDS + o_w[None, :])
+
+
+@gluon.jit
+def _key_operand(w, mask, last, A: gl.constexpr, L: gl.constexpr, D: gl.constexpr):
+    """A operand [16 tokens, D] from the words [2 token groups, 8, 4] of a sub-slot."""
+    w = gl.convert_layout(
+        w.reshape([16, 4]), gl.SliceLayout(1, gl.SliceLayout(3, L)), assert_trivial=True
+    )
+    w = w.expand_dims(1).expand_dims(3)
+    a = _unpack(gl.where(last, w >> 1, w), mask)
+    return gl.convert_layout(a.reshape([16, D]), A, assert_trivial=True)
+
+
+@gluon.jit
+def _value_operand(w, mask, last, A: gl.constexpr, L: gl.constexpr, D: gl.constexpr):
+    """A operand [D channels, 16 tokens] from the words [8, 2 token groups, 4] of a sub-slot."""
+    w = gl.convert_layout(w, gl.SliceLayout(0, gl.SliceLayout(4, L)), assert_trivial=True)
+    w = w.expand_dims(0).expand_dims(4)
+    a = _unpack(gl.where(last, w >> 1, w), mask)
+    return gl.convert_layout(a.reshape([D, 16]), A, assert_trivial=True)
+
+
+@gluon.jit
+def _split_slots(t):
+    """Words [32, 4] of a tile of two sub-slots to twice [8 rows, 4 columns, 2 token groups]."""
+    return t.reshape([8, 4, 2, 2]).permute((0, 1, 3, 2)).split()
+
+
+@gluon.jit
+def _probabilities(s, factor, shift, B: gl.constexpr, N: gl.constexpr):
+    """exp2(s * factor + shift): float32 for the sum, and the B operand [16 tokens, N]."""
+    p = gl.exp2(s * factor[None, :] + shift[None, :])
+    x = _transpose_8x8(p.to(gl.bfloat16))
+    x = x.reshape([2, 8, N // 8, 8]).permute((0, 3, 2, 1)).reshape([16, N])
+    return p, gl.convert_layout(x, B, assert_trivial=True)
+
+
+@gluon.jit
+def _slot_scores(
+    tiles, q, bias, first_slot, end_slot, mask, last, A: gl.constexpr, L: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Scores of every sub-slot of a page, a tuple of [16, N]; -inf outside first_slot .. end_slot."""
+    scores = ()
+    for t in gl.static_range(SLOTS // 2):
+        w0, w1 = _split_slots(tiles[t])
+        for h in gl.static_range(2):
+            slot = 2 * t + h
+            w = w0 if h == 0 else w1
+            inside = (slot >= first_slot) & (slot < end_slot)
+            start = gl.where(inside, bias, float("-inf"))
+            a = _key_operand(w.permute((2, 0, 1)), mask, last, A, L, D)
+            scores = scores + (mma_v2(a, q, start),)
+    return scores
+
+
+@gluon.jit
+def _decode_kernel(
+    p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
+    p_runs, stride_runs, p_num_runs, p_item_req, p_item_run, p_plan, p_item_start,
+    p_out, p_lse, p_low, p_high, scale, tau_min, tau_max,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    BLOCKS: gl.constexpr = D // 8
+    KL: gl.constexpr = _slot_layout(BLOCKS)
+    VL: gl.constexpr = _channel_layout(BLOCKS)
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)  # channels or tokens of an accumulator
+    COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
+    TILE: gl.constexpr = 128  # words of a tile of two sub-slots
+
+    i_head = gl.program_id(0)
+    i_item = gl.program_id(1)
+    if i_item >= gl.load(p_plan):
+        return
+    req = gl.load(p_item_req + i_item)
+    run_begin = gl.load(p_item_run + i_item)
+    run_end = gl.minimum(run_begin + gl.load(p_plan + 1), gl.load(p_num_runs + req))
+    p_run = p_runs + req.to(gl.int64) * stride_runs
+
+    # Masks of the 16 bits of a half-word; constants after compilation.
+    i_k = gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, KL))))
+    i_k = i_k.expand_dims(0).expand_dims(2).expand_dims(3)
+    two_k = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KL))))
+    two_k = two_k.expand_dims(0).expand_dims(0).expand_dims(0)
+    last_k = i_k == 15
+    mask_k = gl.where(last_k, 0x40004000, 0x00010001 << i_k) + 0 * two_k
+    i_v = gl.arange(
+        0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, VL))))
+    )
+    i_v = i_v.expand_dims(1).expand_dims(2).expand_dims(3).expand_dims(4)
+    two_v = gl.arange(
+        0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, VL))))
+    )
+    two_v = two_v.expand_dims(0).expand_dims(0).expand_dims(0).expand_dims(0)
+    last_v = i_v == 15
+    mask_v = gl.where(last_v, 0x40004000, 0x00010001 << i_v) + 0 * two_v
+
+    # Queries as a B operand [D, N]: plain for the bias, and with the powers of the code bits.
+    o_k = gl.arange(0, D, gl.SliceLayout(1, B))
+    o_n = gl.arange(0, N, gl.SliceLayout(0, B))
+    p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
+    q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
+    q_bias = (q * _pow2(0 * o_k - _SCORE_EXP)[:, None]).to(gl.bfloat16)
+    weight = _pow2(-_SCORE_EXP - 4 - _exponent(o_k // 8)) * 16.0
+    q_code = (q * weight[:, None]).to(gl.bfloat16)
+
+    o_c = gl.arange(0, N, COLUMN)
+    o_d = gl.arange(0, D, ROW)
+    m_c = o_c < GROUP
+    o_h = i_head * GROUP + o_c
+    unit = scale * _LOG2E * 1073741824.0  # 2**_SCORE_EXP: accumulators to log2 of a probability
+    factor = gl.zeros([N], gl.float32, COLUMN) + unit
+    shift = gl.zeros([N], gl.float32, COLUMN)
+    if MODE == 2:
+        low = gl.full([N], float("inf"), gl.float32, COLUMN)
+        high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+        for i_other in range(gl.load(p_item_start + req), gl.load(p_item_start + req + 1)):
+            low = gl.minimum(low, gl.load(p_low + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))
+            high = gl.maximum(high, gl.load(p_high + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))
+        width = high - low
+        some = width > 0
+        slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
+        # Not exactly 0: the masked scores are -inf and must stay so.
+        slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
+        top = low - tau_min + width * slope  # the largest calibrated score
+        factor = factor * slope
+        shift = _P_EXP - high * slope * _LOG2E
+    low = gl.full([N], float("inf"), gl.float32, COLUMN)
+    high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+    m_i = gl.full([N], float("-inf"), gl.float32, COLUMN)
+    l_i = gl.zeros([16, N], gl.float32, MMA)
+    acc = gl.zeros([D, N], gl.float32, MMA)
+    v_weight = _pow2(-_exponent(o_d // 8) - 103) * 0.000244140625  # 2**-12
+
+    for i_run in range(run_begin, run_end):
+        first = gl.load(p_run + i_run * 2)
+        end_slot = gl.load(p_run + i_run * 2 + 1) + 1
+        first_slot = (first >> _TAG) - 1
+        base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+        p_page = p_words + base // 2
+        p_range = p_cache + base + RANGE_OFFSET
+        k_tiles = ()
+        for t in gl.static_range(SLOTS // 2):
+            k_tiles = k_tiles + (_load_tile(p_page + t * TILE, 4),)
+        k_scale = gl.load(p_range + o_k)
+        k_low = gl.load(p_range + D + gl.arange(0, D, gl.SliceLayout(0, A)))
+        v_tiles = ()
+        if MODE != 1:
+            for t in gl.static_range(SLOTS // 2):
+                v_tiles = v_tiles + (_load_tile(p_page + (SLOTS // 2 + t) * TILE, 4),)
+        rows = gl.zeros([16, D], gl.bfloat16, A) + k_low.to(gl.bfloat16)[None, :]
+        bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
+        qs = _multiply(q_code, k_scale.to(gl.bfloat16)[:, None] + gl.zeros([D, N], gl.bfloat16, B))
+        scores = _slot_scores(
+            k_tiles, qs, bias, first_slot, end_slot, mask_k, last_k, A, KL, D, SLOTS
+        )
+        if MODE == 1:
+            top_tile = scores[0]
+            low_tile = gl.where(scores[0] == float("-inf"), float("inf"), scores[0])
+            for t in gl.static_range(1, SLOTS):
+                top_tile = gl.maximum(top_tile, scores[t])
+                low_tile = gl.minimum(
+                    low_tile, gl.where(scores[t] == float("-inf"), float("inf"), scores[t])
+                )
+            high = gl.maximum(high, gl.max(top_tile, 0))
+            low = gl.minimum(low, gl.min(low_tile, 0))
+        else:
+            alpha = gl.full([N], 1.0, gl.float32, COLUMN)
+            if MODE == 0:
+                top_tile = scores[0]
+                for t in gl.static_range(1, SLOTS):
+                    top_tile = gl.maximum(top_tile, scores[t])
+                m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
+                alpha = gl.exp2(m_i - m_new)
+                m_i = m_new
+                shift = _P_EXP - m_new
+            l_page = gl.zeros([16, N], gl.float32, MMA)
+            page = gl.zeros([D, N], gl.float32, MMA)
+            for t in gl.static_range(SLOTS // 2):
+                w0, w1 = _split_slots(v_tiles[t])
+                for h in gl.static_range(2):
+                    w = w0 if h == 0 else w1
+                    p, b = _probabilities(scores[2 * t + h], factor, shift, B, N)
+                    l_page += p
+                    a = _value_operand(w.permute((0, 2, 1)), mask_v, last_v, A, VL, D)
+                    page = mma_v2(a, b, page)
+            v_scale = gl.load(p_range + 2 * D + o_d).to(gl.float32) * v_weight
+            v_low = gl.load(p_range + 3 * D + o_d).to(gl.float32)
+            total = gl.sum(l_page, 0) * 7.888609052210118e-31  # 2**-_P_EXP
+            l_i = l_i * alpha[None, :] + l_page
+            acc = acc * alpha[None, :] + page * v_scale[:, None] + v_low[:, None] * total[None, :]
+
+    at = i_item * NUM_HEADS + o_h
+    if MODE == 1:
+        unit_score = scale * 1073741824.0
+        gl.store(p_low + at, low * unit_score, mask=m_c)
+        gl.store(p_high + at, high * unit_score, mask=m_c)
+    else:
+        total = gl.sum(l_i, 0) * 7.888609052210118e-31
+        if MODE == 2:
+            lse = top + gl.log(total)
+        else:
+            lse = m_i / _LOG2E + gl.log(total)
+        out = acc / total[None, :]
+        gl.store(p_out + at[None, :] * D + o_d[:, None], out, mask=m_c[None, :])
+        gl.store(p_lse + at, lse, mask=m_c)

@@ -1,0 +1,8 @@
+"""The interpreter must be chosen before Triton is imported, so its tests run in a process of their own.
+
+``test_interpreter.py`` starts that process; without the variable the folder is not collected.
+"""
+
+import os
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

@@ -1,0 +1,112 @@
+"""decode_attention (plain Triton), with calibration and text part, against the float64 twin."""
+
+import pytest
+import torch
+
+from csrc_triton import allocate_scratch, allocate_tables, build_tables, decode_attention
+from csrc_triton.attention import naive_visual_attention
+from csrc_triton.merge import naive_merge
+from tests.kernels.cases import BLOCK, Pool, make_format, make_request, relative_error, stale_table
+
+PLANS = [
+    [1, (3, 0, 3), 2],  # partly full page
+    [2],  # no visual part
+    [1, (5, 2, 3), (4, 0, 4), 1, (4, 0, 2), 1],  # run beginning in mid-page, run that ends early
+    [1],  # one token
+]
+
+
+def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3, kernel="triton",
+        device="cpu", spread=1.0):  # fmt: skip
+    limit = fmt.page.slots
+    plans = [
+        [p if isinstance(p, int) else (min(p[0], limit), min(p[1], limit - 1),
+                                       min(p[2], limit - min(p[1], limit - 1))) for p in plan]
+        for plan in plans or PLANS
+    ]  # fmt: skip
+    pages = sum(sum(p if isinstance(p, int) else 1 for p in plan) for plan in plans) + 1
+    pool = Pool(fmt, heads, pages)
+    requests = [make_request(pool, plan) for plan in plans]
+    lens = [len(r) * BLOCK - 7 for r in requests]
+    lens[-1] = 1 if requests[-1] and len(requests[-1]) == 1 else lens[-1]
+    b, d = len(requests), fmt.page.head_size
+    table = stale_table(requests, max(map(len, requests)) + 4)
+    tables = allocate_tables(max_num_reqs=b, max_num_blocks=table.shape[1], max_num_tokens=64,
+                             slots=fmt.page.slots, num_kv_heads=heads, device=device, num_sms=sms,
+                             items_per_sm=1)  # fmt: skip
+    lens_t = torch.tensor(lens, dtype=torch.int32)
+    build_tables(
+        tables, table.to(device), lens_t.to(device),
+        torch.arange(b + 1, dtype=torch.int32, device=device),
+        torch.full((b,), -1, dtype=torch.int64, device=device), num_decodes=b,
+    )  # fmt: skip
+    hq = heads * group
+    query = (torch.randn(b, hq, d, generator=pool.generator) * spread).to(fmt.page.dtype)
+    scale = d**-0.5
+    want, want_lse, text_out, text_lse = [], [], [], []
+    for i, ids in enumerate(requests):
+        visual = naive_visual_attention(query[i : i + 1], *pool.tokens(ids, lens[i], visual=True),
+                                        scale, calibration)  # fmt: skip
+        text = naive_visual_attention(query[i : i + 1], *pool.tokens(ids, lens[i], visual=False),
+                                      scale)  # fmt: skip
+        out, lse = naive_merge([visual, text] if with_text else [visual])
+        want.append(out)
+        want_lse.append(lse)
+        text_out.append(text[0])
+        text_lse.append(text[1])
+    scratch = allocate_scratch(tables, hq, d)
+    for x in (scratch.out, scratch.lse, scratch.low, scratch.high):
+        x.fill_(float("nan"))
+    out = torch.full((b, hq, d), float("nan"), dtype=fmt.page.dtype, device=device)
+    lse = torch.full((hq, b), float("nan"), device=device)
+    text = None
+    if with_text:
+        text = (torch.cat(text_out).to(fmt.page.dtype).to(device),
+                torch.cat(text_lse, 1).float().to(device))  # fmt: skip
+    decode_attention(tables, scratch, fmt, query.to(device), pool.cache.to(device), out, scale=scale,
+                     calibration=calibration, text=text, lse=lse, kernel=kernel)  # fmt: skip
+    want, want_lse = torch.cat(want), torch.cat(want_lse, 1)
+    assert relative_error(out, want) < 1e-2
+    finite = want_lse.isfinite()
+    assert torch.equal(lse.cpu().isneginf(), ~finite)
+    assert (lse.cpu()[finite] - want_lse[finite]).abs().max() < 2e-2
+    return out
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 256])
+def test_head_sizes(head_size):
+    run(make_format(head_size), group=2, heads=1, plans=PLANS[:3])
+
+
+@pytest.mark.parametrize("group", [1, 7, 16])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+def test_query_groups(group, calibration):
+    run(make_format(64), group=group, calibration=calibration, spread=3.0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, ((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)])
+def test_widths(bits):
+    run(make_format(64, bits), group=3, calibration=(0.0, 3.0), plans=PLANS[:3])
+
+
+def test_float16():
+    run(make_format(128, 1, torch.float16), group=4, plans=PLANS[:2])
+
+
+def test_without_text_part():
+    run(make_format(64), group=4, with_text=False, calibration=(0.5, 2.0))
+
+
+def test_narrow_scores_do_not_reverse():
+    run(make_format(64), group=4, calibration=(0.0, 3.0), spread=0.01)
+
+
+@pytest.mark.parametrize("sms", [1, 40])
+def test_many_and_few_items(sms):
+    run(make_format(64), group=2, sms=sms, plans=[[1, *[(2, 0, 2)] * 5, 1], [(1, 0, 1), 1]],
+        calibration=(0.0, 3.0))  # fmt: skip
+
+
+def test_refuses_wide_groups():
+    with pytest.raises(ValueError, match="at most 16"):
+        run(make_format(64), group=17, heads=1, plans=PLANS[:1])

@@ -1,0 +1,67 @@
+"""prefill_attention and merge_parts against their float64 twins."""
+
+import pytest
+import torch
+
+from csrc_triton import allocate_tables, build_tables, merge_parts, prefill_attention
+from csrc_triton.attention import naive_visual_attention
+from csrc_triton.merge import naive_merge
+from tests.kernels.cases import BLOCK, Pool, make_format, make_request, relative_error, stale_table
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize(
+    ("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)]
+)
+def test_later_chunks(head_size, bits, group, calibration):
+    fmt = make_format(head_size, bits)
+    slots = fmt.page.slots
+    pool = Pool(fmt, 1, 16)
+    plans = [[1], [1, (slots, 0, slots), (2, 0, 2), 1, 1], [2, 1], [(3, 1, 2), 1, 1]]
+    requests = [make_request(pool, plan) for plan in plans]
+    query_lens = [1, 19, 5, 18]
+    lens = [3] + [len(r) * BLOCK - 14 for r in requests[1:]]
+    starts = torch.tensor([0, 1, 20, 25, 43], dtype=torch.int32)
+    table = stale_table(requests, 40)
+    tables = allocate_tables(max_num_reqs=4, max_num_blocks=40, max_num_tokens=64, slots=slots,
+                             num_kv_heads=1, device="cpu")  # fmt: skip
+    build_tables(tables, table, torch.tensor(lens, dtype=torch.int32), starts,
+                 torch.full((43,), -1, dtype=torch.int64), num_decodes=1)  # fmt: skip
+    query = (2 * torch.randn(43, group, head_size, generator=pool.generator)).to(fmt.page.dtype)
+    out = torch.full(query.shape, float("nan"))  # float32: the interpreter truncates to bfloat16
+    lse = torch.full((group, 43), float("nan"))
+    prefill_attention(tables, fmt, query, pool.cache, starts, out, lse, first_request=1,
+                      num_requests=3, max_query_len=19, scale=head_size**-0.5,
+                      calibration=calibration)  # fmt: skip
+    assert out[0].isnan().all()  # a decode request: not ours
+    for r in (1, 2, 3):
+        rows = slice(int(starts[r]), int(starts[r + 1]))
+        context = lens[r] - query_lens[r]
+        want, want_lse = naive_visual_attention(
+            query[rows], *pool.tokens(requests[r], context, visual=True), head_size**-0.5, calibration
+        )
+        if r == 2:
+            assert (out[rows] == 0).all() and lse[:, rows].isneginf().all()
+        else:
+            assert relative_error(out[rows], want) < 1e-2
+            assert (lse[:, rows] - want_lse).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_merge_parts(parts):
+    g = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(parts):
+        lse = torch.randn(3, 5, generator=g) * 4
+        lse[i, 1] = float("inf")  # FlashAttention's sign for no keys
+        lse[:, 2] = float("-inf")
+        x = torch.randn(5, 3, 80, generator=g)
+        x[1, i] = float("nan")
+        x[2] = float("nan")
+        data.append((x, lse))
+    out = torch.full((5, 3, 80), float("nan"))
+    merge_parts(out, data)
+    assert relative_error(out, naive_merge(data)[0]) < 1e-6
+    assert (out[2] == 0).all()
+    with pytest.raises(ValueError, match="parts"):
+        merge_parts(out, data[:1])

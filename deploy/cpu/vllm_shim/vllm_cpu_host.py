@@ -2,12 +2,13 @@
 
 PyPI's torchvision is a CUDA build: beside ``torch +cpu`` its shared library does not load, so its
 operators are unknown, and ``torchvision/_meta_registrations.py``, which attaches fake kernels to
-``nms`` and ``qnms``, raises ``operator torchvision::nms does not exist``.  Declaring the two schemas
-is enough: transformers and vLLM use torchvision's resizing, which needs no operator of its own.
+``nms`` and ``qnms``, raises ``operator torchvision::nms does not exist``.  Declaring the two
+schemas is enough: transformers and vLLM use torchvision's resizing, which needs no operator of its
+own.
 
-The ``.pth`` file beside this module runs it in every interpreter of the environment (the engine core
-and the workers are new processes), so importing it must cost next to nothing: it imports PyTorch only
-once somebody else imports torchvision.
+The ``.pth`` file beside this module runs it in every interpreter of the environment (the engine
+core and the workers are new processes), so importing it must cost next to nothing: it imports
+PyTorch only once somebody else imports torchvision.
 """
 
 import sys
@@ -22,7 +23,7 @@ _library = None  # PyTorch forgets the schemas when the library object is collec
 
 
 class _ExtensionLoader(SourceFileLoader):
-    """Run ``torchvision.extension``, which tries the shared library, then fill the gap it leaves."""
+    """Run ``torchvision.extension``, which tries the shared library, then fill its gap."""
 
     def exec_module(self, module):
         super().exec_module(module)

@@ -1,0 +1,1 @@
+"""A tiny trained vision-language model and the data that it reads: see README.md."""

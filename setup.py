@@ -48,6 +48,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["calibquant = vllm_calibquant.plugin:register"],
+        "vllm.stat_logger_plugins": ["calibquant = vllm_calibquant.metrics:CalibQuantStatLogger"],
         "vllm.stat_logger_plugins": [
             "calibquant = vllm_calibquant.metrics:CalibQuantStatLogger",
         ],

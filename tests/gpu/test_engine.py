@@ -1,0 +1,193 @@
+"""The CUDA backend inside vLLM: equal to stock for text, to the reference for codes, in graphs too.
+
+Everything here needs a GPU.  ``GPU_MODELS=internvl3-8b,llava-1.5-7b`` adds models of real shape with
+dummy weights to the layer-by-layer comparison.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.models import image_placeholder, make_model, noise_image
+from tests.serving.engine import Answer, Engine, distance
+from tests.tinyvlm.dataset import examples
+from tests.tinyvlm.unpack import model_path
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GRAPHS = {"enforce_eager": False, "max_num_seqs": 32, "dtype": "bfloat16"}
+EAGER = {"enforce_eager": True, "max_num_seqs": 32, "dtype": "bfloat16"}
+TEXTS = ("How many red circles?", "What is the serial? " * 20, "Read line 3.\n" * 40)
+
+
+def run(kv_cache_dtype: str, **settings: Any) -> dict[str, list[Answer]]:
+    """Answers of one engine: text alone, images cold, the same images again, other questions."""
+    questions = list(examples("test", 7, 4))
+    with Engine(model_path(), kv_cache_dtype, kv_cache_memory_bytes=1 << 28, **settings) as engine:
+        texts = [engine.prompt(text) for text in TEXTS]
+        images = [engine.prompt(q.question, q.image) for q in questions]
+        other = [engine.prompt("Read line 1.", q.image) for q in questions]
+        two = engine.chat(["What is the date?", (5, 2), "Read line 2."], questions[0].image)
+        return {
+            "text": engine.ask(*texts, max_tokens=48, ignore_eos=True),
+            "one": engine.ask(images[0]),
+            "cold": engine.ask(*images),
+            "warm": engine.ask(*images),
+            "other": engine.ask(*other),
+            "mixed": engine.ask(two, texts[0], other[1], images[2], texts[2]),
+            "truth": [q.answer for q in questions],  # type: ignore[list-item]
+        }
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[tuple[str, bool], dict[str, list[Answer]]]:
+    """Answers of all engines, by dtype and whether CUDA graphs were on."""
+    found = {}
+    for dtype in ("auto", "calibquant1", "calibquant2", "calibquant4"):
+        found[dtype, False] = run(dtype, **EAGER)
+    for dtype in ("auto", "calibquant1"):
+        found[dtype, True] = run(dtype, **GRAPHS)
+    return found
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_text_is_bit_identical_to_stock(answers, graphs):
+    stock, ours = answers["auto", graphs], answers["calibquant1", graphs]
+    assert [a.said for a in ours["text"]] == [a.said for a in stock["text"]]
+
+
+@pytest.mark.parametrize("kind", ["cold", "warm", "other", "mixed"])
+def test_graphs_give_the_tokens_of_eager_execution(answers, kind):
+    eager, graphs = answers["calibquant1", False][kind], answers["calibquant1", True][kind]
+    assert [a.tokens for a in graphs] == [a.tokens for a in eager]
+
+
+def test_prefix_hits_are_those_of_stock(answers):
+    for dtype in ("calibquant1", "calibquant2", "calibquant4"):
+        for kind in ("cold", "warm", "other", "mixed"):
+            hits = [a.hit for a in answers[dtype, False][kind]]
+            assert hits == [a.hit for a in answers["auto", False][kind]], (dtype, kind)
+    assert all(a.hit >= 256 for a in answers["calibquant1", False]["warm"])
+
+
+def test_wide_codes_answer_as_16_bits_do(answers):
+    stock = answers["auto", False]
+    for dtype, bound in (("calibquant4", 0.15), ("calibquant2", 2.0)):
+        ours = answers[dtype, False]
+        right = sum(a.text == t for a, t in zip(ours["cold"], ours["truth"], strict=True))
+        assert right >= len(ours["truth"]) - (0 if dtype == "calibquant4" else 3)
+        worst = max(distance(a, b) for a, b in zip(ours["cold"], stock["cold"], strict=True))
+        assert worst < bound, dtype
+
+
+def models() -> list[str]:
+    """Models of the layer-by-layer comparison."""
+    return ["tinyvlm", *filter(None, os.environ.get("GPU_MODELS", "").split(","))]
+
+
+@pytest.mark.parametrize("dtype", ["calibquant1", "calibquant2", "calibquant4"])
+@pytest.mark.parametrize("name", models())
+def test_every_layer_agrees_with_the_reference(name, dtype, tmp_path: Path, monkeypatch):
+    if name == "tinyvlm":
+        path, settings = model_path(), {"kv_cache_memory_bytes": 1 << 28}
+    elif dtype != "calibquant1":
+        pytest.skip("large models are compared at 1 bit")
+    else:
+        path = make_model(name, tmp_path / name)
+        settings = {"load_format": "dummy", "kv_cache_memory_bytes": 1 << 31, "max_model_len": 4096}
+    similar = watch_layers(monkeypatch)
+    with Engine(path, dtype, max_num_batched_tokens=1500, **EAGER, **settings) as engine:
+        if name == "tinyvlm":
+            prompts = [engine.prompt(q.question, q.image) for q in examples("test", 8, 2)]
+        else:
+            prompts = [
+                {
+                    "prompt": f"{text} {image_placeholder(name)} and then?",
+                    "multi_modal_data": {"image": noise_image(name, i)},
+                }
+                for i, text in enumerate(("one", "another " * 30))
+            ]
+        engine.ask(*prompts, max_tokens=6)  # cold, and 3328 tokens are cut into chunks
+        engine.ask(*prompts, max_tokens=6)  # from the prefix cache
+        layers = len(engine.caches)
+    assert len(similar) == layers
+    worst = {layer: min(values) for layer, values in similar.items()}
+    print(
+        f"{name} {dtype}: {len(similar[0])} calls a layer, worst cosine {min(worst.values()):.6f}"
+    )
+    assert min(len(values) for values in similar.values()) > 5
+    assert min(worst.values()) > 0.999, worst
+
+
+def watch_layers(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
+    """Compare each call of our layers with the reference in float32 on the same cache.
+
+    Returns a mapping, filled later, from layer to the cosine similarity of each call.
+    """
+    from vllm_calibquant.attention import cuda
+    from vllm_calibquant.attention.cpu import request_views
+    from vllm_calibquant.attention.reference import VisualPages, mixed_attention
+
+    similar: dict[int, list[float]] = defaultdict(list)
+    order: dict[int, int] = {}
+    forward, build = cuda.MixedCUDAImpl.forward, cuda.MixedCUDAMetadataBuilder._build
+    batch: dict[str, Any] = {}
+
+    def watched_build(self, common, fast_build, visual):
+        batch.update(
+            table=common.block_table_tensor.cpu(),
+            starts=common.query_start_loc.cpu(),
+            lengths=common.seq_lens.cpu(),
+            slots=self.kv_cache_spec.slots,
+        )
+        return build(self, common, fast_build, visual)
+
+    def watched(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs):
+        result = forward(
+            self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs
+        )
+        if metadata is None or not metadata.visual:
+            return result
+        fmt, d = self.page_format.page, self.head_size
+        raw = kv_cache.view(torch.uint8).flatten(2)
+        slot = torch.arange(fmt.tokens) // 16
+        expected = torch.empty_like(output, dtype=torch.float32)
+        table, starts, lengths = batch["table"], batch["starts"], batch["lengths"]
+        views = request_views(table, starts, lengths, block_size=16, slots=batch["slots"])
+        for view in views:
+            rows, chosen = kv_cache[view.text_pages.cuda()], view.text_tokens.cuda()
+            cached_key, cached_value = (
+                x.transpose(1, 2).flatten(0, 1)[chosen] for x in rows.split(d, dim=-1)
+            )
+            visual = None
+            if len(view.visual_pages):
+                used = view.visual_slots[:, slot].cuda()
+                visual = VisualPages(raw[view.visual_pages.cuda()], used)
+            expected[view.tokens] = mixed_attention(
+                query[view.tokens],
+                torch.cat([cached_key, key[view.tokens]]),
+                torch.cat([cached_value, value[view.tokens]]),
+                visual,
+                page_format=fmt,
+                scale=self.scale,
+                calibration=self.calibration,
+            )
+        n = int(starts[len(views)])
+        cosine = torch.cosine_similarity(
+            expected[:n].flatten(1), output[:n].float().flatten(1), dim=-1
+        )
+        similar[order.setdefault(id(self), len(order))].append(cosine.min().item())
+        return result
+
+    monkeypatch.setattr(cuda.MixedCUDAMetadataBuilder, "_build", watched_build)
+    monkeypatch.setattr(cuda.MixedCUDAImpl, "forward", watched)
+    return similar

@@ -12,6 +12,16 @@ from .merge import _merge_splits_kernel
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words
 
+try:
+    from .decode_gluon import _decode_kernel
+
+    GLUON = True
+except ImportError:  # a Triton without Gluon: the plain kernels serve everything
+    GLUON = False
+
+MAX_REGISTERS: dict[int, int | None] = {ATTEND: 168, EXTREMES: 128, CALIBRATE: 168}
+"""Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
+
 
 @dataclass
 class DecodeScratch:
@@ -120,11 +130,40 @@ def decode_attention(
 
 def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
     """Whether the Gluon decode kernel serves a format, query group and device."""
-    return False
+    return (
+        GLUON
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and fmt.uniform_bits == 1
+        and fmt.page.head_size == 128
+        and group <= 16
+    )
 
 
-def _split_gluon(tables, scratch, fmt, query, kv_cache, scale, calibration) -> None:
-    raise NotImplementedError
+def _split_gluon(
+    tables: StepTables,
+    scratch: DecodeScratch,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+    calibration: tuple[float, float] | None,
+) -> None:
+    num_requests, num_heads, d = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    group = num_heads // num_kv_heads
+    tau_min, tau_max = calibration or (0.0, 0.0)
+    for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        _decode_kernel[(num_kv_heads, tables.items_for(num_requests))](
+            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+            kv_cache.stride(0), kv_cache.stride(1),
+            tables.runs, tables.runs.stride(0), tables.num_runs,
+            tables.item_req, tables.item_run, tables.plan, tables.item_start,
+            scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
+            NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
+            SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
+            num_warps=1, maxnreg=MAX_REGISTERS[mode],
+        )  # fmt: skip
 
 
 def _split_triton(

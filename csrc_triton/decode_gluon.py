@@ -23,8 +23,6 @@ rows all equal to lo_K, so every row of the result is the bias.
 
 from __future__ import annotations
 
-import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -268,9 +266,9 @@ def _decode_kernel(
         if MODE != 1:
             for t in gl.static_range(SLOTS // 2):
                 v_tiles = v_tiles + (_load_tile(p_page + (SLOTS // 2 + t) * TILE, 4),)
-        rows = gl.zeros([16, D], gl.bfloat16, A) + k_low.to(gl.bfloat16)[None, :]
+        rows, _ = gl.broadcast(k_low.to(gl.bfloat16)[None, :], gl.zeros([16, D], gl.bfloat16, A))
         bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
-        qs = _multiply(q_code, k_scale.to(gl.bfloat16)[:, None] + gl.zeros([D, N], gl.bfloat16, B))
+        qs = _multiply(q_code, k_scale.to(gl.bfloat16)[:, None])
         scores = _slot_scores(
             k_tiles, qs, bias, first_slot, end_slot, mask_k, last_k, A, KL, D, SLOTS
         )

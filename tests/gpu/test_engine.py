@@ -1,7 +1,7 @@
-"""The CUDA backend inside vLLM: equal to stock for text, to the reference for codes, in graphs too.
+"""The CUDA backend inside vLLM: text as stock, codes as the reference, and both in graphs.
 
-Everything here needs a GPU.  ``GPU_MODELS=internvl3-8b,llava-1.5-7b`` adds models of real shape with
-dummy weights to the layer-by-layer comparison.
+Everything here needs a GPU.  ``GPU_MODELS=internvl3-8b,llava-1.5-7b`` adds models of real shape
+with dummy weights to the layer-by-layer comparison.
 """
 
 from __future__ import annotations

@@ -31,6 +31,11 @@ def make_format(
     return DeviceFormat(page, device, *clips)
 
 
+def make_format_on(fmt: DeviceFormat, device: str) -> DeviceFormat:
+    """The same format with its tables on another device."""
+    return DeviceFormat(fmt.page, device, fmt.key_clip, fmt.value_clip)
+
+
 @dataclass
 class Pool:
     """A KV cache filled with 0xFF, and what its pages hold after dequantisation."""

@@ -318,6 +318,9 @@ _BUILDERS: dict[
     "internvl": _internvl,
 }
 STYLES = tuple(_BUILDERS)
+# Chosen among a few dozen: the two best candidates of every greedy choice of the tests in
+# test_reference.py differ by at least 0.003 in log-probability, and no answer repeats itself soon.
+SEEDS = {"llava": 9, "qwen2_5_vl": 2, "qwen3_vl": 3, "internvl": 16}
 
 
 @torch.no_grad()
@@ -360,7 +363,10 @@ def _randomise(model: PreTrainedModel, num_bytes: int, seed: int) -> None:
 
 
 def make_checkpoint(
-    style: str, directory: Path | str, dtype: torch.dtype = torch.float32, seed: int = 0
+    style: str,
+    directory: Path | str,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
 ) -> Path:
     """Write a checkpoint directory with weights, processor, tokenizer and chat template.
 
@@ -373,7 +379,7 @@ def make_checkpoint(
     dtype
         Of the saved weights.
     seed
-        Seed of the weights.
+        Seed of the weights; by default one that is known to give clear greedy choices.
 
     Returns
     -------
@@ -383,7 +389,7 @@ def make_checkpoint(
     directory = Path(directory)
     tokenizer = _tokenizer(style)
     model, processor = _BUILDERS[style](tokenizer)
-    _randomise(model, 256, seed)
+    _randomise(model, 256, SEEDS[style] if seed is None else seed)
     model.generation_config = GenerationConfig(**_ids(tokenizer), do_sample=False)
     model.to(dtype).save_pretrained(directory)
     if style == "llava":

@@ -6,7 +6,9 @@ import torch
 from csrc_triton import allocate_scratch, allocate_tables, build_tables, decode_attention
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
-from tests.kernels.cases import BLOCK, Pool, make_format, make_request, relative_error, stale_table
+from tests.kernels.cases import (
+    BLOCK, Pool, make_format, make_format_on, make_request, relative_error, stale_table,
+)
 
 PLANS = [
     [1, (3, 0, 3), 2],  # partly full page
@@ -63,7 +65,7 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     if with_text:
         text = (torch.cat(text_out).to(fmt.page.dtype).to(device),
                 torch.cat(text_lse, 1).float().to(device))  # fmt: skip
-    decode_attention(tables, scratch, fmt, query.to(device), pool.cache.to(device), out, scale=scale,
+    decode_attention(tables, scratch, make_format_on(fmt, device), query.to(device), pool.cache.to(device), out, scale=scale,
                      calibration=calibration, text=text, lse=lse, kernel=kernel)  # fmt: skip
     want, want_lse = torch.cat(want), torch.cat(want_lse, 1)
     assert relative_error(out, want) < 1e-2

@@ -6,14 +6,16 @@ import torch
 from csrc_triton import allocate_tables, build_tables, merge_parts, prefill_attention
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
-from tests.kernels.cases import BLOCK, Pool, make_format, make_request, relative_error, stale_table
+from tests.kernels.cases import (
+    BLOCK, Pool, make_format, make_format_on, make_request, relative_error, stale_table,
+)
 
 
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize(
     ("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)]
 )
-def test_later_chunks(head_size, bits, group, calibration):
+def test_later_chunks(head_size, bits, group, calibration, device="cpu"):
     fmt = make_format(head_size, bits)
     slots = fmt.page.slots
     pool = Pool(fmt, 1, 16)
@@ -24,15 +26,18 @@ def test_later_chunks(head_size, bits, group, calibration):
     starts = torch.tensor([0, 1, 20, 25, 43], dtype=torch.int32)
     table = stale_table(requests, 40)
     tables = allocate_tables(max_num_reqs=4, max_num_blocks=40, max_num_tokens=64, slots=slots,
-                             num_kv_heads=1, device="cpu")  # fmt: skip
-    build_tables(tables, table, torch.tensor(lens, dtype=torch.int32), starts,
-                 torch.full((43,), -1, dtype=torch.int64), num_decodes=1)  # fmt: skip
+                             num_kv_heads=1, device=device)  # fmt: skip
+    build_tables(tables, table.to(device), torch.tensor(lens, dtype=torch.int32, device=device),
+                 starts.to(device), torch.full((43,), -1, dtype=torch.int64, device=device),
+                 num_decodes=1)  # fmt: skip
     query = (2 * torch.randn(43, group, head_size, generator=pool.generator)).to(fmt.page.dtype)
-    out = torch.full(query.shape, float("nan"))  # float32: the interpreter truncates to bfloat16
-    lse = torch.full((group, 43), float("nan"))
-    prefill_attention(tables, fmt, query, pool.cache, starts, out, lse, first_request=1,
+    out = torch.full(query.shape, float("nan"), device=device)  # float32: the interpreter truncates to bfloat16
+    lse = torch.full((group, 43), float("nan"), device=device)
+    prefill_attention(tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
+                      starts.to(device), out, lse, first_request=1,
                       num_requests=3, max_query_len=19, scale=head_size**-0.5,
                       calibration=calibration)  # fmt: skip
+    out, lse = out.cpu(), lse.cpu()
     assert out[0].isnan().all()  # a decode request: not ours
     for r in (1, 2, 3):
         rows = slice(int(starts[r]), int(starts[r + 1]))

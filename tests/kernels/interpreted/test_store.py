@@ -6,7 +6,7 @@ import torch
 from csrc_triton import allocate_tables, build_tables, store
 from csrc_triton.metadata import naive_tables
 from csrc_triton.store import naive_store
-from tests.kernels.cases import Pool, make_format
+from tests.kernels.cases import Pool, make_format, make_format_on
 from vllm_calibquant.tags import tag
 
 FORMATS = {
@@ -19,7 +19,7 @@ FORMATS = {
 }
 
 
-def run(fmt, slots, *, quantile=None, heads=2):
+def run(fmt, slots, *, quantile=None, heads=2, device="cpu"):
     pool = Pool(fmt, heads, 12)
     d = fmt.page.head_size
     mapping = torch.tensor(slots, dtype=torch.int64)
@@ -27,16 +27,19 @@ def run(fmt, slots, *, quantile=None, heads=2):
     key, value = wide[..., :d], wide[..., d : 2 * d]
     key[:, 0, 5] = 1.25  # a constant channel
     tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=len(slots),
-                             slots=fmt.page.slots, num_kv_heads=heads, device="cpu")  # fmt: skip
+                             slots=fmt.page.slots, num_kv_heads=heads, device=device)  # fmt: skip
     one = torch.ones(1, dtype=torch.int32)
     starts = torch.tensor([0, 1], dtype=torch.int32)
     row = torch.zeros(1, 1, dtype=torch.int32)
-    build_tables(tables, row, one, starts, mapping, num_decodes=1)
+    step = [x.to(device) for x in (row, one, starts, mapping)]
+    build_tables(tables, *step, num_decodes=1)
     want = pool.cache.clone()
     naive_store(naive_tables(row, one, starts, mapping)["pages"], fmt, key, value, want, mapping,
                 quantile=quantile)  # fmt: skip
-    store(tables, fmt, key, value, pool.cache, mapping, quantile=quantile)
-    return pool.cache, want
+    cache = pool.cache.to(device)
+    on_device = make_format_on(fmt, device)
+    store(tables, on_device, key.to(device), value.to(device), cache, step[3], quantile=quantile)
+    return cache.cpu(), want
 
 
 def differing_bits(a, b):

@@ -112,3 +112,46 @@ def test_many_and_few_items(sms):
 def test_refuses_wide_groups():
     with pytest.raises(ValueError, match="at most 16"):
         run(make_format(64), group=17, heads=1, plans=PLANS[:1])
+
+
+def run_graph(fmt, *, group, heads):
+    """Capture with dummy tables (no tag anywhere), replay with real ones: equal to an eager call."""
+    device = "cuda"
+    pool = Pool(fmt, heads, 24)
+    plans = [[1, (14, 0, 14), (14, 3, 11), 1], [1, (9, 0, 9), 1, (14, 0, 14), 1], [3]]
+    requests = [make_request(pool, plan) for plan in plans]
+    table = stale_table(requests, 48).to(device)
+    d, hq, b = fmt.page.head_size, heads * group, len(plans)
+    real_lens = torch.tensor([len(r) * BLOCK - 3 for r in requests], dtype=torch.int32, device=device)
+    tables = allocate_tables(max_num_reqs=b, max_num_blocks=48, max_num_tokens=64,
+                             slots=fmt.page.slots, num_kv_heads=heads, device=device)  # fmt: skip
+    scratch = allocate_scratch(tables, hq, d)
+    fmt, cache = make_format_on(fmt, device), pool.cache.to(device)
+    query = torch.randn(b, hq, d, device=device, dtype=cache.dtype)
+    starts = torch.arange(b + 1, dtype=torch.int32, device=device)
+    mapping = torch.full((b,), -1, dtype=torch.int64, device=device)
+    in_table, in_lens = torch.zeros_like(table), torch.ones_like(real_lens)
+    out = torch.empty_like(query)
+
+    def step(target, calibration):
+        build_tables(tables, in_table, in_lens, starts, mapping, num_decodes=b)
+        decode_attention(tables, scratch, fmt, query, cache, target, scale=d**-0.5,
+                         calibration=calibration)  # fmt: skip
+
+    for calibration in (None, (0.0, 3.0)):
+        in_table.zero_()
+        in_lens.fill_(1)
+        step(out, calibration)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(out, calibration)
+        in_table.copy_(table)
+        for lens in (real_lens, real_lens - 16, real_lens.flip(0).minimum(real_lens)):
+            in_lens.copy_(lens)
+            out.fill_(float("nan"))
+            graph.replay()
+            eager = torch.full_like(out, float("nan"))
+            step(eager, calibration)
+            assert torch.equal(out, eager)
+            assert out.isfinite().all()

@@ -22,7 +22,7 @@ def test_later_chunks(head_size, bits, group, calibration, device="cpu"):
     plans = [[1], [1, (slots, 0, slots), (2, 0, 2), 1, 1], [2, 1], [(3, 1, 2), 1, 1]]
     requests = [make_request(pool, plan) for plan in plans]
     query_lens = [1, 19, 5, 18]
-    lens = [3] + [len(r) * BLOCK - 14 for r in requests[1:]]
+    lens = [3] + [len(r) * BLOCK - 13 for r in requests[1:]]
     starts = torch.tensor([0, 1, 20, 25, 43], dtype=torch.int32)
     table = stale_table(requests, 40)
     tables = allocate_tables(max_num_reqs=4, max_num_blocks=40, max_num_tokens=64, slots=slots,

@@ -1,0 +1,328 @@
+"""Kernels beside FlashAttention 3, in one run on one GPU.
+
+``python -m benchmarks.kernels`` prints the table and writes a record under ``benchmarks/records``;
+``--summary`` prints the ratios of the newest record.
+
+Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of which
+reads another set of pages until more than 200 MB have been read, so that L2 is cold.  Decode time is
+everything from the query to the written output (split, merge, and for calibration the pass for the
+extremes) over visual tokens only, in full pages of 224 tokens; FlashAttention reads the same number
+of tokens from a paged bf16 or fp8 cache with block size 16.  The tables of a step are made once for
+all layers and are timed on their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from csrc_triton import (
+    DeviceFormat,
+    allocate_scratch,
+    allocate_tables,
+    build_tables,
+    decode_attention,
+    store,
+)
+from vllm_calibquant.format import PageFormat
+from vllm_calibquant.tags import tag
+
+RECORDS = Path(__file__).parent / "records"
+BLOCK = 16
+COLD_BYTES = 220e6
+GOALS = {
+    (28, 4, 3328, 64): (5.0, 4.0),
+    (28, 4, 16384, 256): (8.0, 5.5),
+    (32, 32, 3328, 64): (9.0, 7.5),
+    (48, 8, 3328, 256): (6.5, 5.0),
+    (28, 4, 576, 64): (3.0, 2.2),
+    (32, 32, 576, 64): (3.0, 2.2),
+    (48, 8, 576, 64): (3.0, 2.2),
+    (28, 4, 3328, 1): (1.0, 1.0),
+    (32, 32, 3328, 1): (1.0, 1.0),
+    (48, 8, 3328, 1): (1.0, 1.0),
+}
+"""(Hq, Hkv, tokens, batch): the least ratio to FlashAttention 3 bf16, plain and calibrated."""
+
+STORE_GOALS = {4: 15.0, 8: 25.0, 32: 80.0}
+"""KV heads: most microseconds to store 8192 visual tokens."""
+
+
+def time_us(launches: list[Callable[[], None]], replays: int = 30) -> float:
+    """Median time of one of ``launches`` in microseconds, replayed as one CUDA graph."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times)
+
+
+def visual_cache(pages: int, heads: int, page: PageFormat) -> torch.Tensor:
+    """A pool of visual pages with random codes and plausible ranges."""
+    d = page.head_size
+    cache = torch.randint(-(2**31), 2**31 - 1, (pages, heads, BLOCK, d), dtype=torch.int32,
+                          device="cuda").view(page.dtype)  # fmt: skip
+    flat = cache.view(pages, heads, -1)[..., page.range_offset // 2 :].view(pages, heads, 4, d)
+    flat[:, :, 0::2] = 0.5 + torch.rand(d, device="cuda")
+    flat[:, :, 1::2] = -0.5
+    return cache
+
+
+def visual_ids(tokens: int, first_page: int, slots: int) -> list[int]:
+    """Tagged ids of ``tokens`` visual tokens in pages from ``first_page`` on."""
+    blocks = tokens // BLOCK
+    return [tag(first_page + i // slots, i % slots) for i in range(blocks)]
+
+
+class Decode:
+    """Our decode attention at one shape, over as many sets of pages as keep L2 cold."""
+
+    def __init__(
+        self, hq: int, hkv: int, tokens: int, batch: int, d: int = 128, bits: int = 1,
+        items_per_sm: int = 24,
+    ) -> None:  # fmt: skip
+        page = PageFormat.uniform(d, bits)
+        self.fmt = DeviceFormat(page, "cuda")
+        per_request = -(-tokens // page.tokens)
+        set_pages = per_request * batch
+        set_bytes = set_pages * hkv * page.head_bytes
+        sets = max(1, min(64, -(-int(COLD_BYTES) // set_bytes)))
+        self.cache = visual_cache(set_pages * sets, hkv, page)
+        self.scale = d**-0.5
+        self.tables, self.queries = [], []
+        order = torch.randperm(set_pages * sets).tolist()
+        lens = torch.full((batch,), tokens + 1, dtype=torch.int32, device="cuda")
+        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        mapping = torch.full((batch,), -1, dtype=torch.int64, device="cuda")
+        for s in range(sets):
+            rows = []
+            for b in range(batch):
+                base = (s * batch + b) * per_request
+                rows.append([tag(order[base + i // page.slots], i % page.slots)
+                             for i in range(tokens // BLOCK)] + [0])  # fmt: skip
+            table = torch.tensor(rows, dtype=torch.int32, device="cuda")
+            tables = allocate_tables(
+                max_num_reqs=batch, max_num_blocks=table.shape[1], max_num_tokens=max(batch, 32),
+                slots=page.slots, num_kv_heads=hkv, device="cuda", items_per_sm=items_per_sm,
+            )  # fmt: skip
+            build_tables(tables, table, lens, starts, mapping, num_decodes=batch)
+            self.tables.append(tables)
+            self.queries.append(torch.randn(batch, hq, d, dtype=page.dtype, device="cuda"))
+        self.step_inputs = (table, lens, starts, mapping)
+        self.scratch = allocate_scratch(tables, hq, d)
+        self.out = torch.empty_like(self.queries[0])
+
+    def launches(self, calibration: tuple[float, float] | None, kernel: str) -> list[Callable]:
+        def one(tables: Any, query: torch.Tensor) -> Callable[[], None]:
+            return lambda: decode_attention(
+                tables, self.scratch, self.fmt, query, self.cache, self.out, scale=self.scale,
+                calibration=calibration, kernel=kernel,
+            )  # fmt: skip
+
+        return [one(t, q) for t, q in zip(self.tables, self.queries, strict=True)]
+
+    def time(self, calibration: tuple[float, float] | None = None, kernel: str = "auto") -> float:
+        """Microseconds of one call."""
+        return time_us(self.launches(calibration, kernel))
+
+    def time_tables(self) -> float:
+        """Microseconds of the kernel that makes a step's tables."""
+        batch = self.step_inputs[1].shape[0]
+        return time_us([lambda: build_tables(self.tables[0], *self.step_inputs, num_decodes=batch)])
+
+
+def time_flash(hq: int, hkv: int, tokens: int, batch: int, d: int = 128, *, fp8: bool) -> float:
+    """Microseconds of FlashAttention 3 decode as vLLM calls it: paged, its scheduler metadata."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    blocks = -(-tokens // BLOCK)
+    set_bytes = batch * blocks * BLOCK * hkv * 2 * d * dtype.itemsize
+    sets = max(1, min(64, -(-int(COLD_BYTES) // set_bytes)))
+    shape = (batch * blocks * sets, hkv, BLOCK, 2 * d)
+    if fp8:
+        cache = torch.randint(0, 0x60, shape, dtype=torch.uint8, device="cuda").view(dtype)
+    else:
+        cache = torch.empty(shape, dtype=dtype, device="cuda").normal_()
+    key, value = cache.transpose(1, 2).split(d, -1)
+    lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    order = torch.randperm(shape[0], device="cuda").to(torch.int32).view(sets, batch, blocks)
+    extra: dict[str, Any] = {}
+    if fp8:
+        one = torch.ones(1, device="cuda").expand(batch, hkv)
+        extra = {"q_descale": one, "k_descale": one, "v_descale": one}
+    meta = get_scheduler_metadata(
+        batch_size=batch, max_seqlen_q=1, max_seqlen_k=tokens, num_heads_q=hq, num_heads_kv=hkv,
+        headdim=d, cache_seqlens=lens, qkv_dtype=dtype, cu_seqlens_q=starts, page_size=BLOCK,
+        causal=True,
+    )  # fmt: skip
+    query = torch.randn(batch, hq, d, device="cuda").to(dtype)
+    out = torch.empty(batch, hq, d, dtype=torch.bfloat16, device="cuda")
+
+    def one_set(table: torch.Tensor) -> Callable[[], None]:
+        return lambda: flash_attn_varlen_func(
+            query, key, value, 1, starts, tokens, seqused_k=lens, softmax_scale=d**-0.5, causal=True,
+            block_table=table, out=out, scheduler_metadata=meta, fa_version=3, **extra,
+        )  # fmt: skip
+
+    return time_us([one_set(order[s]) for s in range(sets)])
+
+
+def time_store(hkv: int, tokens: int = 8192, d: int = 128, bits: int = 1) -> float:
+    """Microseconds to store ``tokens`` visual tokens, K and V, in full pages."""
+    page = PageFormat.uniform(d, bits)
+    fmt = DeviceFormat(page, "cuda")
+    pages = -(-tokens // page.tokens)
+    set_bytes = tokens * hkv * 2 * d * 2
+    sets = max(2, -(-int(COLD_BYTES) // set_bytes))
+    cache = torch.zeros(pages * sets, hkv, BLOCK, 2 * d, dtype=page.dtype, device="cuda")
+    one = torch.ones(1, dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+    launches = []
+    for s in range(sets):
+        ids = torch.tensor(visual_ids(tokens, s * pages, page.slots), device="cuda")
+        mapping = (ids[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).flatten()
+        tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=tokens,
+                                 slots=page.slots, num_kv_heads=hkv, device="cuda")  # fmt: skip
+        build_tables(tables, torch.zeros(1, 1, dtype=torch.int32, device="cuda"), one, starts, mapping,
+                     num_decodes=1)  # fmt: skip
+        key, value = torch.randn(2, tokens, hkv, d, device="cuda", dtype=page.dtype)
+
+        def launch(t: Any = tables, k: Any = key, v: Any = value, m: Any = mapping) -> None:
+            store(t, fmt, k, v, cache, m)
+
+        launches.append(launch)
+    return time_us(launches)
+
+
+def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+    """All rows of the table."""
+    rows = []
+    for shape in shapes:
+        row: dict[str, Any] = {"shape": shape}
+        row["fa3_bf16_us"] = time_flash(*shape, fp8=False)
+        torch.cuda.empty_cache()
+        try:
+            row["fa3_fp8_us"] = time_flash(*shape, fp8=True)
+        except RuntimeError as error:
+            row["fa3_fp8_us"], row["fa3_fp8_error"] = None, str(error)[:200]
+        torch.cuda.empty_cache()
+        decode = Decode(*shape)
+        row["plain_us"] = decode.time()
+        row["calibrated_us"] = decode.time((0.0, 3.0))
+        row["tables_us"] = decode.time_tables()
+        del decode
+        torch.cuda.empty_cache()
+        rows.append(row)
+        print(format_row(row), flush=True)
+    wide = []
+    for bits in (2, 4):
+        shape = (28, 4, 3328, 64)
+        decode = Decode(*shape, bits=bits)
+        row = {"shape": shape, "bits": bits, "plain_us": decode.time(),
+               "calibrated_us": decode.time((0.0, 3.0))}  # fmt: skip
+        wide.append(row)
+        print(f"{bits} bit {name(shape)}  plain {row['plain_us']:.1f} us", flush=True)
+    stores = {hkv: time_store(hkv) for hkv in STORE_GOALS}
+    for hkv, us in stores.items():
+        print(f"store of 8192 visual tokens, Hkv {hkv}: {us:.1f} us (goal {STORE_GOALS[hkv]:.0f})")
+    return {"decode": rows, "wide": wide, "store_us": stores}
+
+
+def name(shape: tuple[int, ...] | list[int]) -> str:
+    """``HqxHkvxtokensxbatch``."""
+    return "x".join(map(str, shape))
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    plain, calibrated = (row["fa3_bf16_us"] / row[k] for k in ("plain_us", "calibrated_us"))
+    goals = GOALS.get(tuple(row["shape"]), (0.0, 0.0))
+    fp8 = row["fa3_fp8_us"]
+    return (
+        f"{name(row['shape']):>18}  FA3 bf16 {row['fa3_bf16_us']:8.1f}  fp8 "
+        + (f"{fp8:8.1f}" if fp8 else "       -")
+        + f"  plain {row['plain_us']:7.1f} ({plain:4.1f}x, goal {goals[0]:.1f})"
+        + f"  calibrated {row['calibrated_us']:7.1f} ({calibrated:4.1f}x, goal {goals[1]:.1f})"
+        + f"  tables {row['tables_us']:.1f} us"
+    )
+
+
+def newest_record() -> dict[str, Any]:
+    """The newest record of this benchmark.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    files = sorted(RECORDS.glob("kernels-*.json"))
+    if not files:
+        raise FileNotFoundError(f"no record kernels-*.json in {RECORDS}")
+    return json.loads(files[-1].read_text())
+
+
+def print_summary(record: dict[str, Any]) -> None:
+    """Ratios to FlashAttention 3 bf16, one a line, and store times."""
+    for kind in ("plain", "calibrated"):
+        for row in record["decode"]:
+            print(f"{kind} {name(row['shape'])} {row['fa3_bf16_us'] / row[f'{kind}_us']:.1f}")
+    for hkv, us in record["store_us"].items():
+        print(f"store {hkv} {us:.0f}us")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="print the newest record's ratios")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    args = parser.parse_args()
+    if args.summary:
+        print_summary(newest_record())
+        return
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device; --summary prints the newest record")
+    now = datetime.datetime.now(datetime.UTC)
+    record = {
+        "command": "python -m benchmarks.kernels",
+        "date": now.isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        **measure(list(GOALS)),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"kernels-{now:%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print_summary(record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The kernels on a GPU, compiled, against the same float64 twins."""
+
+import pytest
+import torch
+
+from tests.kernels.cases import make_format
+from tests.kernels.interpreted import test_decode, test_prefill, test_store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LONG = [
+    [1, (14, 0, 14), (14, 0, 14), (9, 0, 9), 2],
+    [2],
+    [1, (14, 5, 9), (14, 0, 14), 1, (6, 2, 3), (14, 0, 1), 1],
+    [1, *[(14, 0, 14)] * 7, 1],
+]
+
+
+@pytest.mark.parametrize("kernel", ["triton", "gluon"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("group", [1, 7, 12])
+@pytest.mark.parametrize("sms", [1, 9])
+def test_decode_one_bit(kernel, dtype, calibration, group, sms):
+    test_decode.run(make_format(128, 1, dtype), group=group, plans=LONG, calibration=calibration,
+                    spread=2.0, kernel=kernel, device="cuda", sms=sms)  # fmt: skip
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("spread", [0.01, 30.0])
+def test_narrow_and_wide_scores(calibration, spread):
+    test_decode.run(make_format(128), group=4, plans=LONG, calibration=calibration, spread=spread,
+                    kernel="gluon", device="cuda")  # fmt: skip
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 256])
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+def test_decode_head_sizes(head_size, bits, calibration):
+    test_decode.run(make_format(head_size, bits), group=5, plans=LONG, calibration=calibration,
+                    kernel="auto", device="cuda")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bits", [2, 4, ((3, 2, 1, 0) * 32, (1, 0, 1, 0) * 32)], ids=["2", "4", "mixed"]
+)
+@pytest.mark.parametrize("group", [1, 8, 16])
+def test_decode_widths(bits, group):
+    test_decode.run(make_format(128, bits), group=group, plans=LONG, calibration=(0.0, 3.0),
+                    kernel="auto", device="cuda")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", test_store.FORMATS)
+def test_store_formats(name):
+    fmt = make_format(**test_store.FORMATS[name])
+    n = fmt.page.slots
+    slots = [2 * 16 + i for i in range(9, 16)]
+    for page in (5, 6, 4):
+        count = n if page == 5 else min(2, n)
+        slots += [test_store.tag(page, s) * 16 + i for s in range(count) for i in range(16)]
+    slots += [3 * 16 + i for i in range(3)] + [-1, -1]
+    got, want = test_store.run(fmt, slots, device="cuda")
+    # A value half-way between two levels may fall on either side where division rounds differently.
+    assert test_store.differing_bits(got, want) <= 4
+
+
+@pytest.mark.parametrize("quantile", [0.02, 0.25])
+def test_store_quantile(quantile):
+    fmt = make_format(128, 2)
+    slots = [test_store.tag(5, s) * 16 + i for s in range(7) for i in range(16)]
+    got, want = test_store.run(fmt, slots, quantile=quantile, device="cuda")
+    assert test_store.differing_bits(got, want) <= 60
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize(("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)])
+def test_prefill_later_chunks(head_size, bits, group, calibration):
+    test_prefill.test_later_chunks(head_size, bits, group, calibration, device="cuda")
+
+
+def test_graph_replays_follow_the_tables():
+    test_decode.run_graph(make_format(128), group=7, heads=4)

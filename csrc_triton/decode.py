@@ -10,7 +10,7 @@ import triton
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .merge import _merge_splits_kernel
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words
+from .tables import DeviceFormat, cache_words, pipeline_stages
 
 try:
     from .decode_gluon import _decode_kernel
@@ -193,4 +193,5 @@ def _split_triton(
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
             RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE, num_warps=4,
+            num_stages=pipeline_stages(fmt),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, _attend_kernel
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words
+from .tables import DeviceFormat, cache_words, pipeline_stages
 
 
 def prefill_attention(
@@ -77,5 +77,5 @@ def prefill_attention(
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
         KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
         RANGE_OFFSET=page.range_offset // 2, MODE=ATTEND if calibration is None else CALIBRATE,
-        DECODE=False, DOT=DOT_DTYPE, num_warps=4,
+        DECODE=False, DOT=DOT_DTYPE, num_warps=4, num_stages=pipeline_stages(fmt),
     )  # fmt: skip

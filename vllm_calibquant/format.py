@@ -30,8 +30,8 @@ sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 
 more planes, and two where planes are not a multiple of 64, so that lanes have whole words; the
 last tile of a page may have fewer.  A page has at most 14 sub-slots, which is what block ids can
 name, and in the case of two an even number. Lane ``l`` of a tile owns consecutive 32-bit words.
-With ``nb`` plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16`` at bit
-``e % 16`` of the low half-word and of the high half-word, and stands for two code bits:
+With ``nb`` plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16``
+at bit ``e % 16`` of the low half-word and of the high half-word, and stands for two code bits:
 
 =====  =============================  ==================================  =======================
 part   token within its group of 8    plane within its block of 8         low half, high half

@@ -30,7 +30,8 @@ from tests.reference.oracle import (
 )
 
 NUM_TOKENS = 64
-TOLERANCE = 1e-3
+# In log-probability.  Promised are 1e-3; float32 on the CPU keeps a hundredth of that.
+TOLERANCE = 1e-4
 SQUARE, WIDE = (448, 448), (448, 224)
 SHAPES = ("start", "middle", "two", "adjacent")
 TEXT = list(range(40, 60))
@@ -84,10 +85,12 @@ def serve(checkpoint: Callable[[str], Path]) -> Callable[[str, int], dict]:
     @cache
     def run(style: str, bits: int) -> dict:
         from vllm import LLM, SamplingParams
-        from vllm.distributed import cleanup_dist_env_and_memory
 
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            # Of the ten seconds from start to shutdown, six are full collections of the garbage
+            # of a process that has imported all of vLLM.
+            environment.setattr("gc.collect", lambda *_: 0)
             llm = LLM(
                 str(checkpoint(style)),
                 dtype="float32",
@@ -109,19 +112,19 @@ def serve(checkpoint: Callable[[str], Path]) -> Callable[[str, int], dict]:
                 use_tqdm=False,
             )
             llm.llm_engine.engine_core.shutdown()
-            del llm
-            cleanup_dist_env_and_memory()
         return dict(zip(SHAPES, outputs, strict=True))
 
     return run
 
 
 def explain(oracle: Oracle, request: tuple, tokens: list[int], served: list[dict]) -> Generation:
-    """Score tokens, taking the other side of as many close calls as brings vLLM within tolerance.
+    """Score tokens, with close calls decided as vLLM decided them where this can be told.
 
     A number that lies in the middle between two codes, up to float32 noise, may be coded either way
-    by a correct implementation; some tens of the 200 000 numbers of a prompt do at 4 bits.  A wrong
-    implementation is not rescued: what it gets wrong is not these few numbers.
+    by a correct implementation: of the 100 000 numbers of a prompt, some tens at 4 bits.  Seen: one
+    such number moved log-probabilities by 4e-2, and with it decided the other way they agreed to
+    1e-5.  A wrong implementation is not rescued by these few numbers, each of which must bring
+    the comparison nearer.
     """
     scored = oracle.score(*request, tokens)
     flips: list[CloseCall] = []
@@ -165,7 +168,7 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
     assert len(tokens) == NUM_TOKENS
     assert largest_difference(expected, served) <= TOLERANCE
     # Equal tokens are a fair demand where no two candidates are within the tolerance.
-    assert expected.margin > TOLERANCE, "choose another seed for this checkpoint"
+    assert expected.margin > 1e-3, "choose another seed for this checkpoint"
     assert expected.logprobs.argmax(-1).tolist() == tokens
     assert len(set(tokens)) >= 4
 
@@ -216,7 +219,7 @@ def test_quantisation_matters(oracle, style: str, bits: int, shape: str) -> None
     coded = oracle(style, Method.default(bits)).score(*prompt(style, shape), TEXT)
     # Prefill is exact: the second token is the first that is decoded from codes.
     torch.testing.assert_close(exact.logprobs[0], coded.logprobs[0], rtol=0, atol=1e-5)
-    assert (exact.logprobs[1:] - coded.logprobs[1:]).abs().amax(-1).min() > 10 * TOLERANCE
+    assert (exact.logprobs[1:] - coded.logprobs[1:]).abs().amax(-1).min() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_every_setting_matters(oracle, style: str, change: dict) -> None:
     method = Method.default(1)
     default = oracle(style, method).score(*prompt(style, "two"), TEXT)
     other = oracle(style, replace(method, **change)).score(*prompt(style, "two"), TEXT)
-    assert (default.logprobs[1:] - other.logprobs[1:]).abs().amax(-1).min() > 10 * TOLERANCE
+    assert (default.logprobs[1:] - other.logprobs[1:]).abs().amax(-1).min() > 1e-2
 
 
 def test_slots_of_a_page() -> None:

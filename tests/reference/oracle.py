@@ -9,7 +9,7 @@ of the equations to speed: keys and values are really dequantised, scores are re
 * :class:`Oracle` runs a transformers model with an attention function that applies them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,8 @@ from transformers import AttentionInterface, BatchFeature, PreTrainedModel, Proc
 
 BLOCK_SIZE = 16
 # Largest disagreement between two float32 implementations on a number of K or V, as a fraction of
-# its channel's range: a few times what transformers shows against itself in float64.
-NOISE = 4e-6
+# its channel's range.  Transformers against itself in float64: 2e-7 (deviation), 1.5e-6 (largest).
+NOISE = 2e-6
 _ATTENTION_NAME = "calibquant_oracle"
 
 
@@ -37,6 +37,10 @@ class Method:
         Whether scores of image tokens are rescaled before the softmax.
     tau_min, tau_max
         Amounts by which calibration lowers the smallest and the largest score.
+    quantile
+        Which quantile of a channel, and its mirror image, stand for the extremes.
+    exact_layers
+        Decoder layers that are left alone.
     """
 
     bits: int
@@ -45,6 +49,8 @@ class Method:
     calibrate: bool = False
     tau_min: float = 0.0
     tau_max: float = 3.0
+    quantile: float = 0.0
+    exact_layers: tuple[int, ...] = ()
 
     @classmethod
     def default(cls, bits: int) -> "Method":
@@ -95,7 +101,7 @@ def visual_pages(is_visual: Sequence[bool], slots: int) -> list[list[int]]:
 
 
 def quantise(
-    x: torch.Tensor, bits: int, clip: float
+    x: torch.Tensor, bits: int, clip: float, quantile: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Express numbers in steps of the range that they share per channel.
 
@@ -106,7 +112,9 @@ def quantise(
     bits
         Bits of a code.
     clip
-        Factor c on the minimum and the maximum of each channel.
+        Factor c on both ends of the range of each channel.
+    quantile
+        The ends are this quantile and its mirror image; 0 for minimum and maximum.
 
     Returns
     -------
@@ -115,8 +123,8 @@ def quantise(
         offset are ``[..., 1, channels]``.  A code k stands for ``low + scale * k``.
     """
     levels = 2**bits - 1
-    low = clip * x.float().amin(-2, keepdim=True)
-    high = clip * x.float().amax(-2, keepdim=True)
+    low = clip * x.float().quantile(quantile, -2, keepdim=True)
+    high = clip * x.float().quantile(1 - quantile, -2, keepdim=True)
     scale = ((high - low) / levels).to(x.dtype).float()
     low = low.to(x.dtype).float()
     # A channel that is constant over the page has scale 0: its offset says all.
@@ -234,7 +242,7 @@ class Oracle:
         self._visual = torch.zeros(0, dtype=torch.int64)  # positions that live in visual pages
         self._dequantised: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._close_calls: list[CloseCall] = []
-        self._flips: Sequence[CloseCall] = ()
+        self._flips: Collection[CloseCall] = ()
 
     @torch.inference_mode()
     def generate(self, text: str, images: Sequence[Image.Image], num_tokens: int) -> Generation:
@@ -271,7 +279,7 @@ class Oracle:
         text: str,
         images: Sequence[Image.Image],
         token_ids: Sequence[int],
-        flips: Sequence[CloseCall] = (),
+        flips: Collection[CloseCall] = (),
     ) -> Generation:
         """Compute the distributions from which given tokens were decoded, all tokens at once.
 
@@ -352,9 +360,10 @@ class Oracle:
         """
         query, key, value = query[0].float(), key[0], value[0]
         first = key.shape[1] - query.shape[1]  # position of the first query
-        visual = self._visual if first else self._visual[:0]
+        layer = module.layer_idx
+        is_exact = first == 0 or layer in self.method.exact_layers
+        visual = self._visual[:0] if is_exact else self._visual
         if len(visual):
-            layer = module.layer_idx
             if layer not in self._dequantised:
                 self._dequantised[layer] = (
                     self._dequantise(key, layer, 0, self.method.key_clip),
@@ -396,7 +405,7 @@ class Oracle:
         sizes = [len(page) * BLOCK_SIZE for page in self._pages]
         pages = []
         for page in x[:, self._visual].split(sizes, dim=1):
-            steps, scale, low = quantise(page, self.method.bits, clip)
+            steps, scale, low = quantise(page, self.method.bits, clip, self.method.quantile)
             codes = steps.round()
             # From steps to fractions of the range before clipping.
             distance = (steps - steps.floor() - 0.5).abs() * clip / (2**self.method.bits - 1)

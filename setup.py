@@ -7,7 +7,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VLLM = "0.32.0"  # the version whose private names vllm_calibquant/compat.py knows
-README = ROOT / "README.md"
 
 
 def version():
@@ -20,7 +19,7 @@ setup(
     name="vllm-calibquant",
     version=version(),
     description="1-bit KV cache for the visual tokens of vision-language models in vLLM",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -49,9 +48,6 @@ setup(
     entry_points={
         "vllm.general_plugins": ["calibquant = vllm_calibquant.plugin:register"],
         "vllm.stat_logger_plugins": ["calibquant = vllm_calibquant.metrics:CalibQuantStatLogger"],
-        "vllm.stat_logger_plugins": [
-            "calibquant = vllm_calibquant.metrics:CalibQuantStatLogger",
-        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

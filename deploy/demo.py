@@ -298,8 +298,9 @@ def main() -> None:
     )
     print(
         dim(
-            f"\n  The picture has {VISUAL_TOKENS} visual tokens. Those whose block holds text too, or would"
-            "\n  be alone in a page of codes, stay at 16 bits: larger pictures come nearer to 14×."
+            f"\n  The picture has {VISUAL_TOKENS} visual tokens. Those that share a block with"
+            "\n  text, or whose block would be alone in a page, stay at 16 bits: the larger the"
+            "\n  picture, the nearer a whole request comes to 14×."
         )
     )
     print("\n  More pictures of the same test split, one for each kind of question:\n")

@@ -30,12 +30,18 @@ class MixedPageSpec(FullAttentionSpec):
         """The mixed twin of a plain spec: the same page, with another reading of its bytes."""
         page = PageFormat.uniform(spec.head_size, config.bits, spec.dtype)
         kwargs = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        # vLLM would merge us, as a subclass, into the group of a plain layer that comes first.  It
+        # keeps layers apart that differ in this field, which means nothing without context
+        # parallelism, and that is refused.
+        kwargs["dcp_sharded"] = False
         return cls(**kwargs, slots=page.slots, modalities=config.modalities)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Specs of one group are equal: their pages are shared."""
+        """Specs of one group are equal: their pages are shared.
+
+        An AssertionError is how vLLM learns that layers need groups of their own.
+        """
         first = specs[0]
-        if any(spec != first for spec in specs):
-            raise ValueError(f"layers of one KV cache group differ: {specs}")
+        assert all(spec == first for spec in specs), "layers of one KV cache group differ"
         return first

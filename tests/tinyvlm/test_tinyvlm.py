@@ -124,10 +124,10 @@ def test_data_set_on_disk_is_the_data_set(tmp_path: Path) -> None:
 
 
 def test_training_learns() -> None:
-    """A few steps on the same four pictures."""
+    """A few steps of a shallow network on the same four pictures."""
     options = "- --batch 4 --mix 0.5 0.25 0.25 --steps 4 --warmup 1"
     args = parse_args(options.split())
-    trainer = Trainer(args, "cpu")
+    trainer = Trainer(args, "cpu", Config(v_layers=1, layers=1))
     batch = trainer.generator.batch(*trainer.scenes)
     trainer.generator.batch = lambda *_, **__: batch
     before = trainer.losses(batch)[0].item()

@@ -71,11 +71,11 @@ class Muon(torch.optim.Optimizer):
 class Trainer:
     """Model, optimisers and source of data."""
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, config=None):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.args, self.device = args, device
-        self.model = TinyVLM()
+        self.model = TinyVLM(config)
         if args.init:
             state = {name: t.float() for name, t in load_file(args.init).items()}
             self.model.load_state_dict(state)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DTYPE_BITS = {"calibquant1": 1, "calibquant2": 2, "calibquant4": 4}
 """KV cache dtypes of this package and their bits per number of a visual token."""
@@ -21,8 +21,12 @@ SECTION = "calibquant"
 Modality = Literal["image", "video"]
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be served; the message is one sentence for the user."""
+class ConfigError(Exception):
+    """A setting that cannot be served; the message is one sentence for the user.
+
+    Not a ValueError: pydantic would wrap it, and the sentence would not be the last line of a failed
+    start.
+    """
 
 
 class CalibQuantConfig(BaseModel):
@@ -52,23 +56,17 @@ class CalibQuantConfig(BaseModel):
     calibration: bool | None = None
     """Whether visual scores are calibrated before the softmax; on at 1 and 2 bits unless set."""
 
-    tau_min: float = Field(default=0.0, ge=0.0)
+    tau_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """How far calibration moves the smallest visual score down."""
 
-    tau_max: float = Field(default=3.0, ge=0.0)
+    tau_max: float = Field(default=3.0, ge=0.0, allow_inf_nan=False)
     """How far calibration moves the largest visual score down."""
 
     modalities: tuple[Modality, ...] = ("image", "video")
     """Modalities whose embedded tokens are stored in codes."""
 
-    layers_16bit: tuple[int, ...] = ()
+    layers_16bit: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Indices of decoder layers that keep all tokens at the model's precision."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if any(i < 0 for i in self.layers_16bit):
-            raise ValueError(f"layers_16bit must be layer indices from 0, got {self.layers_16bit}")
-        return self
 
     @property
     def key_factor(self) -> float:

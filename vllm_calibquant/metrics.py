@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client import Gauge
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_calibquant.config import bits_of
 
@@ -46,15 +46,13 @@ class PageCounts(NamedTuple):
         return cls(*(stats[PREFIX + name] for name in cls._fields))
 
 
-class CalibQuantStatLogger(StatLoggerBase):
-    """Publishes :class:`PageCounts` of one engine; does nothing for other KV cache dtypes."""
+class CalibQuantStatLogger(AggregateStatLoggerBase):
+    """Publishes the :class:`PageCounts` of all engines; idle for other KV cache dtypes."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self.active = bits_of(vllm_config.cache_config.cache_dtype) is not None
-        self.labels = {
-            "model_name": vllm_config.model_config.served_model_name,
-            "engine": str(engine_index),
-        }
+        self.engine_indexes = engine_indexes
+        self.model_name = vllm_config.model_config.served_model_name
         self.gauges: dict[str, Gauge] = {}
 
     def log_engine_initialized(self) -> None:
@@ -62,7 +60,7 @@ class CalibQuantStatLogger(StatLoggerBase):
 
         Not before: vLLM's own logger clears everything named ``vllm:`` when it is made, after us.
         """
-        if not self.active:
+        if not self.active or self.gauges:
             return
         for name, text, labels in (
             ("pages", "KV cache pages in use, by format.", ["format"]),
@@ -74,8 +72,14 @@ class CalibQuantStatLogger(StatLoggerBase):
                 [],
             ),
         ):
-            self.gauges[name] = _gauge(f"vllm:calibquant_{name}", text, [*self.labels, *labels])
-        self._set(PageCounts(0, 0, 0, 0))
+            self.gauges[name] = Gauge(
+                f"vllm:calibquant_{name}",
+                text,
+                ["model_name", "engine", *labels],
+                multiprocess_mode="mostrecent",
+            )
+        for engine in self.engine_indexes:
+            self._set(PageCounts(0, 0, 0, 0), engine)
 
     def record(
         self,
@@ -88,15 +92,12 @@ class CalibQuantStatLogger(StatLoggerBase):
         if self.gauges and scheduler_stats is not None:
             counts = PageCounts.from_stats(scheduler_stats.num_kv_fetch_reqs_by_stage)
             if counts is not None:
-                self._set(counts)
+                self._set(counts, engine_idx)
 
-    def _set(self, counts: PageCounts) -> None:
+    def _set(self, counts: PageCounts, engine: int) -> None:
+        labels = {"model_name": self.model_name, "engine": str(engine)}
         pages = self.gauges["pages"]
-        pages.labels(**self.labels, format="text").set(counts.pages - counts.visual_pages)
-        pages.labels(**self.labels, format="visual").set(counts.visual_pages)
-        self.gauges["visual_tokens"].labels(**self.labels).set(counts.visual_tokens)
-        self.gauges["bytes_saved"].labels(**self.labels).set(counts.bytes_saved)
-
-
-def _gauge(name: str, documentation: str, labels: list[str]) -> Gauge:
-    return Gauge(name, documentation, labels, multiprocess_mode="mostrecent")
+        pages.labels(**labels, format="text").set(counts.pages - counts.visual_pages)
+        pages.labels(**labels, format="visual").set(counts.visual_pages)
+        self.gauges["visual_tokens"].labels(**labels).set(counts.visual_tokens)
+        self.gauges["bytes_saved"].labels(**labels).set(counts.bytes_saved)

@@ -7,6 +7,7 @@ refuses to start without mixed pages, and a worker without this plugin does not 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,15 @@ def register() -> None:
     """Register dtypes, backend, KV cache spec and configuration hook; may be called repeatedly."""
     from vllm.platforms import current_platform
 
+    if compat.vllm_version() not in compat.VLLM_VERSIONS:
+        # `configure` says why our dtypes cannot be used.  Where even these names have moved, vLLM
+        # does not know the dtypes, and serves all else as ever.
+        with contextlib.suppress(Exception):
+            compat.add_cache_dtypes()
+            compat.wrap_platform("check_and_update_config", configure)
+        return
     compat.add_cache_dtypes()
     compat.wrap_platform("check_and_update_config", configure)
-    if compat.vllm_version() not in compat.VLLM_VERSIONS:
-        return  # `configure` says why our dtypes cannot be used; all else is left as it is
 
     from vllm_calibquant.core.manager import MixedPageManager
     from vllm_calibquant.core.spec import MixedPageSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_calibquant.config import ConfigError, bits_of, load_config
+from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
 from vllm_calibquant.format import GROUP, PageFormat
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def check_config(vllm_config: VllmConfig) -> None:
         happen.
     """
     dtype = vllm_config.cache_config.cache_dtype
-    load_config(dtype, vllm_config.additional_config)
-    reasons = refusals(vllm_config)
+    config = load_config(dtype, vllm_config.additional_config)
+    reasons = refusals(vllm_config, config)
     if reasons:
         raise ConfigError(f"--kv-cache-dtype {dtype} cannot be used: " + "; ".join(reasons))
 
 
-def refusals(vllm_config: VllmConfig) -> list[str]:
+def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     """Reasons why a configuration cannot be served, empty if there is none."""
     model = vllm_config.model_config
     cache = vllm_config.cache_config
@@ -60,9 +60,18 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
     if not model.use_mla and not model.is_attention_free:
         head_size = model.get_head_size()
         try:
-            PageFormat.uniform(head_size, bits_of(cache.cache_dtype) or 1, model.dtype)
+            PageFormat.uniform(head_size, config.bits, model.dtype)
         except ValueError as error:
             found.append(str(error))
+    layers = model.get_total_num_hidden_layers()
+    refuse(
+        any(i >= layers for i in config.layers_16bit),
+        f"layers_16bit is {list(config.layers_16bit)}, and the model's layers are 0 to {layers - 1}",
+    )
+    refuse(
+        {*range(layers)} <= {*config.layers_16bit},
+        "layers_16bit names every layer of the model; leave --kv-cache-dtype at auto",
+    )
     refuse(
         cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,
         f"--block-size is {cache.block_size}; leave it unset or give {BLOCK_SIZE}",

@@ -37,24 +37,32 @@ _LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
-def _slot_layout(blocks):
-    """[16 tokens, blocks, 4, 2] (K) with the registers and lanes of an A operand of 16 x 8 blocks."""
-    block_bases = [[0, 1 << i, 0, 0] for i in range(blocks.bit_length() - 1)]
+def _key_layout(tokens, blocks):
+    """[tokens, blocks, 4, 2] (K) with the registers and lanes of an A operand of 16 x 8 blocks."""
     return gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [8, 0, 0, 0], *block_bases],
+        [
+            [0, 0, 0, 1],
+            [8, 0, 0, 0],
+            *[[0, 1 << i, 0, 0] for i in range(blocks.bit_length() - 1)],
+            *[[16 << i, 0, 0, 0] for i in range((tokens // 16).bit_length() - 1)],
+        ],
         [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
-        [], [], [16, blocks, 4, 2],
+        [], [], [tokens, blocks, 4, 2],
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def _channel_layout(blocks):
-    """[blocks, 8 channels, 2 token groups, 4, 2] (V), likewise with rows as channels."""
-    rest = [[1 << i, 0, 0, 0, 0] for i in range(1, blocks.bit_length() - 1)]
+def _value_layout(blocks, groups):
+    """[blocks, 8 channels, token groups, 4, 2] (V), likewise with rows as channels."""
     return gl.DistributedLinearLayout(
-        [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], *rest],
+        [
+            [0, 0, 0, 0, 1],
+            [1, 0, 0, 0, 0],
+            *[[0, 0, 1 << i, 0, 0] for i in range(groups.bit_length() - 1)],
+            *[[1 << i, 0, 0, 0, 0] for i in range(1, blocks.bit_length() - 1)],
+        ],
         [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
-        [], [], [blocks, 8, 2, 4, 2],
+        [], [], [blocks, 8, groups, 4, 2],
     )  # fmt: skip
 
 
@@ -115,57 +123,121 @@ def _load_tile(p, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def _key_operand(w, mask, last, A: gl.constexpr, L: gl.constexpr, D: gl.constexpr):
-    """A operand [16 tokens, D] from the words [2 token groups, 8, 4] of a sub-slot."""
+def _key_masks(TOKENS: gl.constexpr, BLOCKS: gl.constexpr):
+    """Mask of every bit of a half-word, constant after compilation, and whether it is bit 15."""
+    L: gl.constexpr = _key_layout(TOKENS, BLOCKS)
+    i = gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    i = i.expand_dims(0).expand_dims(2).expand_dims(3)
+    two = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
+    two = two.expand_dims(0).expand_dims(0).expand_dims(0)
+    return gl.where(i == 15, 0x40004000, 0x00010001 << i) + 0 * two, i == 15
+
+
+@gluon.jit
+def _value_masks(BLOCKS: gl.constexpr, GROUPS: gl.constexpr):
+    """The same for V."""
+    L: gl.constexpr = _value_layout(BLOCKS, GROUPS)
+    outer: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, L))
+    i = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, outer)))
+    i = i.expand_dims(1).expand_dims(2).expand_dims(3).expand_dims(4)
+    inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, L))
+    two = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, inner)))
+    two = two.expand_dims(0).expand_dims(0).expand_dims(0).expand_dims(0)
+    return gl.where(i == 15, 0x40004000, 0x00010001 << i) + 0 * two, i == 15
+
+
+@gluon.jit
+def _key_operand(tiles, A: gl.constexpr, D: gl.constexpr):
+    """A operand [tokens, D] from one or two tiles of two sub-slots, words int32 [32, 4]."""
+    TOKENS: gl.constexpr = 32 * len(tiles)
+    L: gl.constexpr = _key_layout(TOKENS, D // 8)
+    if len(tiles) == 2:
+        w = gl.join(tiles[0], tiles[1]).reshape([8, 4, 2, 2, 2]).permute((4, 2, 3, 0, 1))
+    else:
+        w = tiles[0].reshape([8, 4, 2, 2]).permute((2, 3, 0, 1))
     w = gl.convert_layout(
-        w.reshape([16, 4]), gl.SliceLayout(1, gl.SliceLayout(3, L)), assert_trivial=True
+        w.reshape([TOKENS, 4]), gl.SliceLayout(1, gl.SliceLayout(3, L)), assert_trivial=True
     )
     w = w.expand_dims(1).expand_dims(3)
+    mask, last = _key_masks(TOKENS, D // 8)
     a = _unpack(gl.where(last, w >> 1, w), mask)
-    return gl.convert_layout(a.reshape([16, D]), A, assert_trivial=True)
+    return gl.convert_layout(a.reshape([TOKENS, D]), A, assert_trivial=True)
 
 
 @gluon.jit
-def _value_operand(w, mask, last, A: gl.constexpr, L: gl.constexpr, D: gl.constexpr):
-    """A operand [D channels, 16 tokens] from the words [8, 2 token groups, 4] of a sub-slot."""
-    w = gl.convert_layout(w, gl.SliceLayout(0, gl.SliceLayout(4, L)), assert_trivial=True)
+def _value_operand(tiles, A: gl.constexpr, D: gl.constexpr):
+    """A operand [D channels, tokens] from one or two tiles of two sub-slots."""
+    GROUPS: gl.constexpr = 4 * len(tiles)
+    L: gl.constexpr = _value_layout(D // 8, GROUPS)
+    if len(tiles) == 2:
+        w = gl.join(tiles[0], tiles[1]).reshape([8, 4, 2, 2, 2]).permute((0, 4, 2, 3, 1))
+    else:
+        w = tiles[0].reshape([8, 4, 2, 2]).permute((0, 2, 3, 1))
+    w = gl.convert_layout(
+        w.reshape([8, GROUPS, 4]), gl.SliceLayout(0, gl.SliceLayout(4, L)), assert_trivial=True
+    )
     w = w.expand_dims(0).expand_dims(4)
+    mask, last = _value_masks(D // 8, GROUPS)
     a = _unpack(gl.where(last, w >> 1, w), mask)
-    return gl.convert_layout(a.reshape([D, 16]), A, assert_trivial=True)
+    return gl.convert_layout(a.reshape([D, GROUPS * 8]), A, assert_trivial=True)
 
 
 @gluon.jit
-def _split_slots(t):
-    """Words [32, 4] of a tile of two sub-slots to twice [8 rows, 4 columns, 2 token groups]."""
-    return t.reshape([8, 4, 2, 2]).permute((0, 1, 3, 2)).split()
-
-
-@gluon.jit
-def _probabilities(s, factor, shift, B: gl.constexpr, N: gl.constexpr):
-    """exp2(s * factor + shift): float32 for the sum, and the B operand [16 tokens, N]."""
+def _probabilities(s, factor, shift, B: gl.constexpr):
+    """exp2(s * factor + shift): float32 for the sum, and the B operand [tokens, N]."""
+    TOKENS: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
     p = gl.exp2(s * factor[None, :] + shift[None, :])
     x = _transpose_8x8(p.to(gl.bfloat16))
-    x = x.reshape([2, 8, N // 8, 8]).permute((0, 3, 2, 1)).reshape([16, N])
+    x = x.reshape([TOKENS // 8, 8, N // 8, 8]).permute((0, 3, 2, 1)).reshape([TOKENS, N])
     return p, gl.convert_layout(x, B, assert_trivial=True)
 
 
 @gluon.jit
-def _slot_scores(
-    tiles, q, bias, first_slot, end_slot, mask, last, A: gl.constexpr, L: gl.constexpr,
-    D: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
-    """Scores of every sub-slot of a page, a tuple of [16, N]; -inf outside first_slot .. end_slot."""
-    scores = ()
-    for t in gl.static_range(SLOTS // 2):
-        w0, w1 = _split_slots(tiles[t])
-        for h in gl.static_range(2):
-            slot = 2 * t + h
-            w = w0 if h == 0 else w1
-            inside = (slot >= first_slot) & (slot < end_slot)
-            start = gl.where(inside, bias, float("-inf"))
-            a = _key_operand(w.permute((2, 0, 1)), mask, last, A, L, D)
-            scores = scores + (mma_v2(a, q, start),)
-    return scores
+def _tile_scores(
+    tiles, q, bias, slot, first_slot, end_slot, MMA: gl.constexpr, A: gl.constexpr, D: gl.constexpr
+):
+    """Scores [tokens, N] of tiles from sub-slot ``slot`` on; -inf outside first_slot .. end_slot.
+
+    Sub-slots are independent chains of products, and Triton issues them in turn.
+    """
+    TOKENS: gl.constexpr = 32 * len(tiles)
+    o_s = slot + gl.arange(0, TOKENS, gl.SliceLayout(1, MMA)) // 16
+    inside = (o_s >= first_slot) & (o_s < end_slot)
+    start = gl.where(inside[:, None], bias[None, :], float("-inf"))
+    return mma_v2(_key_operand(tiles, A, D), q, start)
+
+
+@gluon.jit
+def _fold_max(s, MMA: gl.constexpr):
+    """Largest of the sub-slots, [tokens, N] to [16, N]: no exchange between lanes."""
+    x = gl.max(s.reshape([s.shape[0] // 16, 16, s.shape[1]]), 0)
+    return gl.convert_layout(x, MMA, assert_trivial=True)
+
+
+@gluon.jit
+def _fold_min(s, MMA: gl.constexpr):
+    """Smallest of the sub-slots."""
+    x = gl.min(s.reshape([s.shape[0] // 16, 16, s.shape[1]]), 0)
+    return gl.convert_layout(x, MMA, assert_trivial=True)
+
+
+@gluon.jit
+def _fold_sum(s, MMA: gl.constexpr):
+    """Sum of the sub-slots."""
+    x = gl.sum(s.reshape([s.shape[0] // 16, 16, s.shape[1]]), 0)
+    return gl.convert_layout(x, MMA, assert_trivial=True)
+
+
+@gluon.jit
+def _load_pairs(p, SLOTS: gl.constexpr):
+    """The tiles of a part in pairs; the last may be single."""
+    pairs = ()
+    for t in gl.static_range(SLOTS // 4):
+        pairs = pairs + ((_load_tile(p + t * 256, 4), _load_tile(p + t * 256 + 128, 4)),)
+    if SLOTS % 4 == 2:
+        pairs = pairs + ((_load_tile(p + (SLOTS // 4) * 256, 4),),)
+    return pairs
 
 
 @gluon.jit
@@ -179,12 +251,9 @@ def _decode_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    BLOCKS: gl.constexpr = D // 8
-    KL: gl.constexpr = _slot_layout(BLOCKS)
-    VL: gl.constexpr = _channel_layout(BLOCKS)
+    PAIRS: gl.constexpr = (SLOTS + 2) // 4
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)  # channels or tokens of an accumulator
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
-    TILE: gl.constexpr = 128  # words of a tile of two sub-slots
 
     i_head = gl.program_id(0)
     i_item = gl.program_id(1)
@@ -194,24 +263,6 @@ def _decode_kernel(
     run_begin = gl.load(p_item_run + i_item)
     run_end = gl.minimum(run_begin + gl.load(p_plan + 1), gl.load(p_num_runs + req))
     p_run = p_runs + req.to(gl.int64) * stride_runs
-
-    # Masks of the 16 bits of a half-word; constants after compilation.
-    i_k = gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, KL))))
-    i_k = i_k.expand_dims(0).expand_dims(2).expand_dims(3)
-    two_k = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KL))))
-    two_k = two_k.expand_dims(0).expand_dims(0).expand_dims(0)
-    last_k = i_k == 15
-    mask_k = gl.where(last_k, 0x40004000, 0x00010001 << i_k) + 0 * two_k
-    i_v = gl.arange(
-        0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, VL))))
-    )
-    i_v = i_v.expand_dims(1).expand_dims(2).expand_dims(3).expand_dims(4)
-    two_v = gl.arange(
-        0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, VL))))
-    )
-    two_v = two_v.expand_dims(0).expand_dims(0).expand_dims(0).expand_dims(0)
-    last_v = i_v == 15
-    mask_v = gl.where(last_v, 0x40004000, 0x00010001 << i_v) + 0 * two_v
 
     # Queries as a B operand [D, N]: plain for the bias, and with the powers of the code bits.
     o_k = gl.arange(0, D, gl.SliceLayout(1, B))
@@ -246,9 +297,9 @@ def _decode_kernel(
     low = gl.full([N], float("inf"), gl.float32, COLUMN)
     high = gl.full([N], float("-inf"), gl.float32, COLUMN)
     m_i = gl.full([N], float("-inf"), gl.float32, COLUMN)
-    l_i = gl.zeros([16, N], gl.float32, MMA)
+    l_i = gl.zeros([N], gl.float32, COLUMN)
     acc = gl.zeros([D, N], gl.float32, MMA)
-    v_weight = _pow2(-_exponent(o_d // 8) - 103) * 0.000244140625  # 2**-12
+    v_weight = _pow2(-_exponent(o_d // 8) - _P_EXP)
 
     for i_run in range(run_begin, run_end):
         first = gl.load(p_run + i_run * 2)
@@ -257,55 +308,50 @@ def _decode_kernel(
         base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
         p_page = p_words + base // 2
         p_range = p_cache + base + RANGE_OFFSET
-        k_tiles = ()
-        for t in gl.static_range(SLOTS // 2):
-            k_tiles = k_tiles + (_load_tile(p_page + t * TILE, 4),)
+        k_tiles = _load_pairs(p_page, SLOTS)
         k_scale = gl.load(p_range + o_k)
         k_low = gl.load(p_range + D + gl.arange(0, D, gl.SliceLayout(0, A)))
-        v_tiles = ()
         if MODE != 1:
-            for t in gl.static_range(SLOTS // 2):
-                v_tiles = v_tiles + (_load_tile(p_page + (SLOTS // 2 + t) * TILE, 4),)
+            v_tiles = _load_pairs(p_page + SLOTS * (D // 2), SLOTS)
         rows, _ = gl.broadcast(k_low.to(gl.bfloat16)[None, :], gl.zeros([16, D], gl.bfloat16, A))
         bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
+        bias = gl.max(bias, 0)  # all rows are equal
         qs = _multiply(q_code, k_scale.to(gl.bfloat16)[:, None])
-        scores = _slot_scores(
-            k_tiles, qs, bias, first_slot, end_slot, mask_k, last_k, A, KL, D, SLOTS
-        )
+        scores = ()
+        for t in gl.static_range(PAIRS):
+            scores = scores + (
+                _tile_scores(k_tiles[t], qs, bias, 4 * t, first_slot, end_slot, MMA, A, D),
+            )
         if MODE == 1:
-            top_tile = scores[0]
-            low_tile = gl.where(scores[0] == float("-inf"), float("inf"), scores[0])
-            for t in gl.static_range(1, SLOTS):
-                top_tile = gl.maximum(top_tile, scores[t])
-                low_tile = gl.minimum(
-                    low_tile, gl.where(scores[t] == float("-inf"), float("inf"), scores[t])
-                )
+            top_tile = _fold_max(scores[0], MMA)
+            low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
+            for t in gl.static_range(PAIRS):
+                s = scores[t]
+                top_tile = gl.maximum(top_tile, _fold_max(s, MMA))
+                s = gl.where(s == float("-inf"), float("inf"), s)
+                low_tile = gl.minimum(low_tile, _fold_min(s, MMA))
             high = gl.maximum(high, gl.max(top_tile, 0))
             low = gl.minimum(low, gl.min(low_tile, 0))
         else:
             alpha = gl.full([N], 1.0, gl.float32, COLUMN)
             if MODE == 0:
-                top_tile = scores[0]
-                for t in gl.static_range(1, SLOTS):
-                    top_tile = gl.maximum(top_tile, scores[t])
+                top_tile = _fold_max(scores[0], MMA)
+                for t in gl.static_range(1, PAIRS):
+                    top_tile = gl.maximum(top_tile, _fold_max(scores[t], MMA))
                 m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
                 alpha = gl.exp2(m_i - m_new)
                 m_i = m_new
                 shift = _P_EXP - m_new
-            l_page = gl.zeros([16, N], gl.float32, MMA)
+            p_sum = gl.zeros([16, N], gl.float32, MMA)
             page = gl.zeros([D, N], gl.float32, MMA)
-            for t in gl.static_range(SLOTS // 2):
-                w0, w1 = _split_slots(v_tiles[t])
-                for h in gl.static_range(2):
-                    w = w0 if h == 0 else w1
-                    p, b = _probabilities(scores[2 * t + h], factor, shift, B, N)
-                    l_page += p
-                    a = _value_operand(w.permute((0, 2, 1)), mask_v, last_v, A, VL, D)
-                    page = mma_v2(a, b, page)
+            for t in gl.static_range(PAIRS):
+                p, b = _probabilities(scores[t], factor, shift, B)
+                p_sum += _fold_sum(p, MMA)
+                page = mma_v2(_value_operand(v_tiles[t], A, D), b, page)
             v_scale = gl.load(p_range + 2 * D + o_d).to(gl.float32) * v_weight
             v_low = gl.load(p_range + 3 * D + o_d).to(gl.float32)
-            total = gl.sum(l_page, 0) * 7.888609052210118e-31  # 2**-_P_EXP
-            l_i = l_i * alpha[None, :] + l_page
+            total = gl.sum(p_sum, 0) * 7.888609052210118e-31  # 2**-_P_EXP
+            l_i = l_i * alpha + total
             acc = acc * alpha[None, :] + page * v_scale[:, None] + v_low[:, None] * total[None, :]
 
     at = i_item * NUM_HEADS + o_h
@@ -314,7 +360,7 @@ def _decode_kernel(
         gl.store(p_low + at, low * unit_score, mask=m_c)
         gl.store(p_high + at, high * unit_score, mask=m_c)
     else:
-        total = gl.sum(l_i, 0) * 7.888609052210118e-31
+        total = l_i
         if MODE == 2:
             lse = top + gl.log(total)
         else:

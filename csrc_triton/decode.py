@@ -19,8 +19,13 @@ try:
 except ImportError:  # a Triton without Gluon: the plain kernels serve everything
     GLUON = False
 
-MAX_REGISTERS: dict[int, int | None] = {ATTEND: 168, EXTREMES: 128, CALIBRATE: 168}
+MAX_REGISTERS = {ATTEND: 200, EXTREMES: 144, CALIBRATE: 232}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
+
+
+def max_registers(mode: int, group: int) -> int:
+    """Limit of registers for a mode and a query group (16 query columns need twice as many)."""
+    return MAX_REGISTERS[mode] if group <= 8 else 255
 
 
 @dataclass
@@ -162,7 +167,7 @@ def _split_gluon(
             scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
             SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
-            num_warps=1, maxnreg=MAX_REGISTERS[mode],
+            num_warps=1, maxnreg=max_registers(mode, group),
         )  # fmt: skip
 
 

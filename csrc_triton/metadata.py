@@ -64,6 +64,8 @@ class StepTables:
         entries past ``page_tokens`` are stale.
     target_items : int
         Items a step aims at, for each KV head.
+    num_reqs : int
+        Requests of the last :func:`build_tables`.
     """
 
     text_block_table: torch.Tensor
@@ -80,6 +82,7 @@ class StepTables:
     page_tokens: torch.Tensor
     page_rows: torch.Tensor
     target_items: int
+    num_reqs: int = 0
 
     @property
     def max_items(self) -> int:
@@ -320,6 +323,7 @@ def build_tables(
         )
     if slot_mapping.shape[0] // (2 * BLOCK) > tables.page_ids.shape[0]:
         raise ValueError(f"{slot_mapping.shape[0]} tokens do not fit the page list")
+    tables.num_reqs = num_reqs
     _tables_kernel[(num_reqs + 1,)](
         block_table, block_table.stride(0), seq_lens, query_start_loc, slot_mapping,
         slot_mapping.shape[0],

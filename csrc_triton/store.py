@@ -103,7 +103,7 @@ def _store_visual(
     BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):
     n = tl.load(p_page_tokens + i_page)
-    p_rows = p_page_rows + i_page.to(tl.int64) * (SLOTS * 16)
+    p_rows = p_page_rows + i_page * (SLOTS * 16)
     p_x += i_head * stride_xh
     o_t = tl.arange(0, BT)
     if QUANTILE:
@@ -158,8 +158,8 @@ def _store_visual(
             component = tl.load(p_source + plane, mask=m, other=0)
             bit = tl.load(p_source + PLANES + plane, mask=m, other=-1)
             m = m & (bit >= 0)
-            row = tl.load(p_rows + token, mask=m, other=0).to(tl.int64)
-            x = tl.load(p_x + row * stride_xt + component, mask=m, other=0).to(tl.float32)
+            source = tl.load(p_rows + token, mask=m, other=0).to(tl.int64)
+            x = tl.load(p_x + source * stride_xt + component, mask=m, other=0).to(tl.float32)
             scale = tl.load(p_ranges + component, mask=m, other=0).to(tl.float32)
             offset = tl.load(p_ranges + D + component, mask=m, other=0).to(tl.float32)
             levels = tl.load(p_levels + component, mask=m, other=0)
@@ -168,9 +168,77 @@ def _store_visual(
 
 
 @triton.jit
+def _store_visual_whole(
+    i_page, i_head, p_x, stride_xt, stride_xh, p_words, p_ranges, p_clip,
+    p_page_tokens, p_page_rows,
+    D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same for 128 channels of equal width, without a gather for each bit.
+
+    With 16 plane blocks a plane bit, word (token group, bit) of a lane holds all its channels, so a
+    word is a sum of shifted codes over the plane blocks and the two halves.
+    """
+    n = tl.load(p_page_tokens + i_page)
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, D)
+    m_t = o_t < n
+    row = tl.load(p_page_rows + i_page * (SLOTS * 16) + o_t, mask=m_t, other=0)
+    p_row = p_x + i_head * stride_xh + row.to(tl.int64) * stride_xt
+    x = tl.load(p_row[:, None] + o_d[None, :], mask=m_t[:, None], other=0)
+    value = x.to(tl.float32)
+    clip = tl.load(p_clip + o_d)
+    low = tl.min(tl.where(m_t[:, None], value, float("inf")), 0) * clip
+    high = tl.max(tl.where(m_t[:, None], value, float("-inf")), 0) * clip
+    dtype: tl.constexpr = p_ranges.dtype.element_ty
+    scale = _round(tl.div_rn(high - low, tl.full([D], (1 << BITS) - 1.0, tl.float32)), dtype)
+    offset = _round(low, dtype)
+    tl.store(p_ranges + o_d, scale)
+    tl.store(p_ranges + D + o_d, offset)
+    scale = scale.to(tl.float32)[None, :]
+    offset = offset.to(tl.float32)[None, :]
+
+    GROUPS: tl.constexpr = BC // 8
+    if TRANSPOSED:
+        o_bit = tl.reshape(tl.arange(0, 2), [1, 1, 2, 1, 1]) * 16
+        o_bit = o_bit + tl.reshape(tl.arange(0, 16), [1, 1, 1, 16, 1])
+        lane = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, 8)[None, :]
+    else:
+        o_bit = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 2]) * 16
+        o_bit = o_bit + tl.reshape(tl.arange(0, 16), [1, 1, 16, 1, 1])
+        lane = 4 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
+    for start in range(0, SLOTS * 16, BC):
+        # The rows come from L1 now; a whole page of codes would not fit the registers.
+        o_c = start + tl.arange(0, BC)
+        m_c = o_c < n
+        source = tl.load(p_page_rows + i_page * (SLOTS * 16) + o_c, mask=m_c, other=0)
+        p_source = p_x + i_head * stride_xh + source.to(tl.int64) * stride_xt
+        again = tl.load(p_source[:, None] + o_d[None, :], mask=m_c[:, None], other=0).to(tl.float32)
+        if BITS == 1:
+            codes = ((again - offset > 0.5 * scale) & (scale > 0)).to(tl.int32)
+        else:
+            codes = _code(again, scale, offset, (1 << BITS) - 1.0)
+        codes = tl.where(m_c[:, None], codes, 0)
+        group = start // 8 + tl.arange(0, GROUPS)
+        tile = group // (2 * FULL)
+        lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * (2 * BITS)
+        at = tile * (FULL * 64 * BITS) + (group - tile * (2 * FULL)) * BITS
+        at = at[:, None, None] + lane[None, :, :] * lane_words[:, None, None]
+        for b in tl.static_range(BITS):
+            bit = (codes >> b) & 1
+            if TRANSPOSED:
+                words = tl.reshape(bit, [GROUPS, 4, 2, 16, 8]) << o_bit
+                words = tl.sum(tl.sum(words, 3), 2)
+            else:
+                words = tl.reshape(bit, [GROUPS, 8, 16, 4, 2]) << o_bit
+                words = tl.sum(tl.sum(words, 4), 2)
+            tl.store(p_words + at + b, words, mask=(group < SLOTS * 2)[:, None, None])
+
+
+@triton.jit
 def _code(x, scale, offset, levels):
     """Nearest level, halves to the even one; 0 where the channel is constant."""
-    steps = tl.where(scale > 0, (x - offset) / tl.where(scale > 0, scale, 1.0), 0.0)
+    steps = tl.where(scale > 0, tl.div_rn(x - offset, tl.where(scale > 0, scale, 1.0)), 0.0)
     steps = tl.minimum(tl.maximum(steps, 0.0), levels)
     whole = tl.floor(steps)
     part = steps - whole
@@ -195,7 +263,7 @@ def _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D: tl.c
     low *= clip
     high *= clip
     coded = levels > 0
-    scale = tl.where(coded, (high - low) / tl.where(coded, levels, 1.0), 0.0)
+    scale = tl.where(coded, tl.div_rn(high - low, tl.where(coded, levels, 1.0)), 0.0)
     tl.store(p_ranges + o_c, _round(scale, p_ranges.dtype.element_ty), mask=m_c)
     offset = _round(tl.where(coded, low, mean), p_ranges.dtype.element_ty)
     tl.store(p_ranges + D + o_c, offset, mask=m_c)
@@ -204,40 +272,53 @@ def _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D: tl.c
 @triton.jit
 def _store_kernel(
     p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
-    p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_text_tiles,
+    p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_visual,
     p_plan, p_page_ids, p_page_tokens, p_page_rows,
     p_key_source, p_value_source, p_key_clip, p_value_clip, p_key_levels, p_value_levels,
     key_alpha, value_alpha,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     KEY_PLANES: tl.constexpr, VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr,
     KEY_FULL: tl.constexpr, VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    QUANTILE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    QUANTILE: tl.constexpr, WHOLE_BITS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_head = tl.program_id(1)
-    if i < num_text_tiles:
+    if i >= 2 * num_visual:
         _store_text(
-            i, i_head, p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
+            i - 2 * num_visual, i_head, p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
             p_cache, stride_page, stride_head, p_slot_mapping, num_tokens, D, BD, BR,
         )  # fmt: skip
     else:
-        i_page = (i - num_text_tiles) // 2
-        if i_page < tl.load(p_plan + 2):
+        for i_page in range(i // 2, tl.load(p_plan + 2), num_visual):
             page = tl.load(p_page_ids + i_page).to(tl.int64)
             # stride_page and stride_head count 16-bit numbers; a word has two.
             base = page * stride_page + i_head * stride_head
-            if (i - num_text_tiles) % 2 == 0:
-                _store_visual(
-                    i_page, i_head, p_key, stride_kt, stride_kh,
-                    p_words + base // 2, p_cache + base + RANGE_OFFSET,
-                    p_key_source, p_key_clip, p_key_levels, key_alpha, p_page_tokens, p_page_rows,
-                    D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
+            p_value_words = p_words + base // 2 + SLOTS * KEY_PLANES // 2
+            if i % 2 == 0:
+                if WHOLE_BITS > 0:
+                    _store_visual_whole(
+                        i_page, i_head, p_key, stride_kt, stride_kh,
+                        p_words + base // 2, p_cache + base + RANGE_OFFSET, p_key_clip,
+                        p_page_tokens, p_page_rows, D, WHOLE_BITS, SLOTS, KEY_FULL, False, BT, BC,
+                    )  # fmt: skip
+                else:
+                    _store_visual(
+                        i_page, i_head, p_key, stride_kt, stride_kh,
+                        p_words + base // 2, p_cache + base + RANGE_OFFSET,
+                        p_key_source, p_key_clip, p_key_levels, key_alpha, p_page_tokens, p_page_rows,
+                        D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
+                    )  # fmt: skip
+            elif WHOLE_BITS > 0:
+                _store_visual_whole(
+                    i_page, i_head, p_value, stride_vt, stride_vh,
+                    p_value_words, p_cache + base + RANGE_OFFSET + 2 * D, p_value_clip,
+                    p_page_tokens, p_page_rows, D, WHOLE_BITS, SLOTS, VALUE_FULL, True, BT, BC,
                 )  # fmt: skip
             else:
                 _store_visual(
                     i_page, i_head, p_value, stride_vt, stride_vh,
-                    p_words + base // 2 + SLOTS * KEY_PLANES // 2,
-                    p_cache + base + RANGE_OFFSET + 2 * D,
+                    p_value_words, p_cache + base + RANGE_OFFSET + 2 * D,
                     p_value_source, p_value_clip, p_value_levels, value_alpha,
                     p_page_tokens, p_page_rows,
                     D, BD, VALUE_PLANES, SLOTS, VALUE_FULL, True, QUANTILE, BT, BC, BW,
@@ -288,24 +369,39 @@ def store(
     if num_tokens == 0:
         return
     words = cache_words(kv_cache)
-    br = 8
-    text_tiles = triton.cdiv(num_tokens, br)
-    pages = min(num_tokens // (2 * BLOCK), tables.page_ids.shape[0])
-    bd = triton.next_power_of_2(d)
+    sizes = block_constants(fmt, quantile=quantile is not None)
+    sizes["BR"] = 8 if num_tokens <= 512 else 32
+    text_tiles = triton.cdiv(num_tokens, sizes["BR"])
+    # A request's visual blocks of a step fill pages in order, so all but its last page are full.
+    visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_reqs)
     alpha = 0.0 if quantile is None else quantile
-    _store_kernel[(text_tiles + 2 * pages, num_heads)](
+    _store_kernel[(text_tiles + 2 * visual, num_heads)](
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, text_tiles,
+        kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, visual,
         tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
         fmt.key_source, fmt.value_source, fmt.key_clips, fmt.value_clips,
         fmt.key_levels, fmt.value_levels, alpha, alpha,
-        D=d, BD=bd, BR=br, KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
+        KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
         SLOTS=page.slots, KEY_FULL=page.tile_slots(page.key_planes),
         VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
-        QUANTILE=quantile is not None,
-        BT=32 if quantile is None else triton.next_power_of_2(page.tokens), BC=16,
-        BW=1024, num_warps=8,
+        **sizes, num_warps=8,
     )  # fmt: skip
+
+
+def block_constants(fmt: DeviceFormat, *, quantile: bool) -> dict[str, int]:
+    """Block sizes of the kernel for a format."""
+    page = fmt.page
+    whole = fmt.uniform_bits if page.head_size == 128 and not quantile else 0
+    return {
+        "D": page.head_size,
+        "BD": triton.next_power_of_2(page.head_size),
+        "BR": 8,
+        "WHOLE_BITS": whole,
+        "QUANTILE": quantile,
+        "BT": triton.next_power_of_2(page.tokens) if quantile or whole else 32,
+        "BC": 32 if whole else 16,
+        "BW": 1024,
+    }
 
 
 def quantise(

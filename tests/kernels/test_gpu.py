@@ -64,7 +64,7 @@ def test_store_formats(name):
     slots += [3 * 16 + i for i in range(3)] + [-1, -1]
     got, want = test_store.run(fmt, slots, device="cuda")
     # A value half-way between two levels may fall on either side where division rounds differently.
-    assert test_store.differing_bits(got, want) <= 4
+    assert test_store.differing_bits(got, want) <= 8
 
 
 @pytest.mark.parametrize("quantile", [0.02, 0.25])

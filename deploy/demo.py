@@ -311,9 +311,9 @@ def main() -> None:
     )
     print(
         dim(
-            f"\n  The picture has {VISUAL_TOKENS} visual tokens. Those that share a block with"
-            "\n  text, or whose block would be alone in a page, stay at 16 bits: the larger the"
-            "\n  picture, the nearer a whole request comes to 14×."
+            f"\n  Of the picture’s {VISUAL_TOKENS} visual tokens those that share a block with text, or"
+            "\n  would fill just one block of a page, stay at 16 bits: the larger the picture, the"
+            "\n  nearer a whole request comes to 14×."
         )
     )
     print("\n  More pictures of the same test split, one for each kind of question:\n")

@@ -311,9 +311,9 @@ def main() -> None:
     )
     print(
         dim(
-            f"\n  Of {VISUAL_TOKENS} visual tokens in the picture, those that share a block with text"
-            "\n  or would fill just one block of a page stay at 16 bits: the larger the picture,"
-            "\n  the nearer a whole request comes to 14×."
+            f"\n  Of {VISUAL_TOKENS} visual tokens in the picture, those that share a block with"
+            "\n  text or would fill just one block of a page stay at 16 bits: the larger the"
+            "\n  picture, the nearer a whole request comes to 14×."
         )
     )
     print("\n  More pictures of the same test split, one for each kind of question:\n")

@@ -39,43 +39,83 @@ CALIBRATE = 2
 
 
 @triton.jit
-def _codes(
-    p_words, p_plane, o_token, m_token, o_d,
-    D: tl.constexpr, MAX_BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
-    FULL: tl.constexpr, TRANSPOSED: tl.constexpr,
+def _whole_codes(
+    p_words, start, token_end, D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
+    FULL: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Integer codes ``[tokens, BD]`` of one part of a page (the order is in format.py)."""
-    NB: tl.constexpr = PLANES // 8
-    slot = o_token // 16
-    tile = slot // FULL
-    lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * PLANES // 64
-    group = o_token // 8 - tile * FULL * 2
-    base = tile * (FULL * PLANES // 2)
-    codes = tl.zeros([o_token.shape[0], o_d.shape[0]], tl.int32)
-    for b in tl.static_range(MAX_BITS):
-        plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
+    """:func:`_codes` for 64 or 128 channels of equal width: one load a word instead of one a code."""
+    BLOCKS: tl.constexpr = D // 8
+    UNITS: tl.constexpr = 16 // BLOCKS  # (token group, bit) pairs in a word
+    group = start // 8 + tl.arange(0, BT // 8)
+    m_group = group * 8 < token_end
+    tile = group // (2 * FULL)
+    lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * (BITS * D) // 64
+    base = tile * (FULL * BITS * D // 2)
+    if TRANSPOSED:
+        lane = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, 8)[None, :]
+        o_half = tl.reshape(tl.arange(0, 2), [1, 1, 2, 1, 1])
+        o_block = tl.reshape(tl.arange(0, BLOCKS), [1, 1, 1, BLOCKS, 1])
+    else:
+        lane = 4 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
+        o_half = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 2])
+        o_block = tl.reshape(tl.arange(0, BLOCKS), [1, 1, BLOCKS, 1, 1])
+    codes = tl.zeros([BT, D], tl.int32)
+    for b in tl.static_range(BITS):
+        unit = (group - tile * (2 * FULL)) * BITS + b
+        at = (base + unit // UNITS)[:, None, None] + lane[None, :, :] * lane_words[:, None, None]
+        w = tl.load(p_words + at, mask=m_group[:, None, None], other=0)
+        w = w >> ((unit % UNITS) * BLOCKS)[:, None, None]
         if TRANSPOSED:
-            row = (plane % 8)[None, :]
-            column = (o_token % 8)[:, None]
+            w = tl.reshape(w, [BT // 8, 4, 1, 1, 8])
         else:
-            row = (o_token % 8)[:, None]
-            column = (plane % 8)[None, :]
-        pair = group[:, None] * NB + (plane // 8)[None, :]
-        word = base[:, None] + (row * 4 + column // 2) * lane_words[:, None] + pair // 16
-        m = m_token[:, None] & (plane >= 0)[None, :]
-        w = tl.load(p_words + word, mask=m, other=0)
-        codes |= ((w >> ((column % 2) * 16 + pair % 16)) & 1) << b
+            w = tl.reshape(w, [BT // 8, 8, 1, 4, 1])
+        codes |= tl.reshape((w >> (o_block + 16 * o_half)) & 1, [BT, D]) << b
+    return codes
+
+
+@triton.jit
+def _codes(
+    p_words, p_plane, start, token_end, o_d,
+    D: tl.constexpr, MAX_BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
+    FULL: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Integer codes ``[BT, BD]`` of the tokens from ``start`` on (the order is in format.py)."""
+    if WHOLE:
+        codes = _whole_codes(p_words, start, token_end, D, MAX_BITS, SLOTS, FULL, TRANSPOSED, BT)
+    else:
+        NB: tl.constexpr = PLANES // 8
+        o_token = start + tl.arange(0, BT)
+        tile = o_token // (16 * FULL)
+        lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * PLANES // 64
+        group = o_token // 8 - tile * FULL * 2
+        base = tile * (FULL * PLANES // 2)
+        codes = tl.zeros([BT, o_d.shape[0]], tl.int32)
+        for b in tl.static_range(MAX_BITS):
+            plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
+            if TRANSPOSED:
+                row = (plane % 8)[None, :]
+                column = (o_token % 8)[:, None]
+            else:
+                row = (o_token % 8)[:, None]
+                column = (plane % 8)[None, :]
+            pair = group[:, None] * NB + (plane // 8)[None, :]
+            word = base[:, None] + (row * 4 + column // 2) * lane_words[:, None] + pair // 16
+            m = (o_token < token_end)[:, None] & (plane >= 0)[None, :]
+            w = tl.load(p_words + word, mask=m, other=0)
+            codes |= ((w >> ((column % 2) * 16 + pair % 16)) & 1) << b
     return codes
 
 
 @triton.jit
 def _scores(
-    q, p_page, p_plane, o_token, m_token, o_d, scale, offset,
+    q, p_page, p_plane, start, token_end, o_d, scale, offset,
     D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[rows, tokens]`` of q ``[rows, BD]`` (1/sqrt(D) included) against a page's keys."""
-    codes = _codes(p_page, p_plane, o_token, m_token, o_d, D, BITS, PLANES, SLOTS, FULL, False)
+    codes = _codes(
+        p_page, p_plane, start, token_end, o_d, D, BITS, PLANES, SLOTS, FULL, False, BT, WHOLE
+    )
     qs = (q * scale[None, :]).to(DOT)
     bias = tl.sum(q * offset[None, :], 1)
     return tl.dot(qs, tl.trans(codes.to(tl.float32).to(DOT))) + bias[:, None]
@@ -92,7 +132,7 @@ def _attend_kernel(
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
     VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr,
+    MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     o_r = tl.arange(0, BM)
@@ -141,11 +181,10 @@ def _attend_kernel(
             ks = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
             ko = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
             for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
-                o_token = start + o_t
-                m_token = o_token < token_end
+                m_token = start + o_t < token_end
                 s = _scores(
-                    q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
-                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT,
+                    q, p_words + base // 2, p_key_plane, start, token_end, o_d, ks, ko,
+                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
                 )  # fmt: skip
                 low = tl.minimum(low, tl.min(tl.where(m_token[None, :], s, float("inf")), 1))
                 high = tl.maximum(high, tl.max(tl.where(m_token[None, :], s, float("-inf")), 1))
@@ -179,11 +218,10 @@ def _attend_kernel(
         vs = tl.load(p_range + 2 * D + o_d, mask=m_d, other=0).to(tl.float32)
         vo = tl.load(p_range + 3 * D + o_d, mask=m_d, other=0).to(tl.float32)
         for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
-            o_token = start + o_t
-            m_token = o_token < token_end
+            m_token = start + o_t < token_end
             s = _scores(
-                q, p_words + base // 2, p_key_plane, o_token, m_token, o_d, ks, ko,
-                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT,
+                q, p_words + base // 2, p_key_plane, start, token_end, o_d, ks, ko,
+                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
             )  # fmt: skip
             if MODE == 2:
                 s = s * slope[:, None] + shift[:, None]
@@ -193,8 +231,8 @@ def _attend_kernel(
             p = tl.exp(s - m_new[:, None])
             l_tile = tl.sum(p, 1)
             codes = _codes(
-                p_words + base // 2 + SLOTS * KEY_PLANES // 2, p_value_plane, o_token, m_token, o_d,
-                D, VALUE_BITS, VALUE_PLANES, SLOTS, VALUE_FULL, True,
+                p_words + base // 2 + SLOTS * KEY_PLANES // 2, p_value_plane, start, token_end, o_d,
+                D, VALUE_BITS, VALUE_PLANES, SLOTS, VALUE_FULL, True, BT, WHOLE,
             )  # fmt: skip
             pv = tl.dot(p.to(DOT), codes.to(tl.float32).to(DOT))
             acc = acc * alpha[:, None] + pv * vs[None, :] + l_tile[:, None] * vo[None, :]

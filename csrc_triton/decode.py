@@ -139,8 +139,8 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
         GLUON
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and fmt.uniform_bits == 1
-        and fmt.page.head_size == 128
+        and fmt.uniform_bits in (1, 2, 4)
+        and fmt.page.head_size in (64, 128)
         and group <= 16
     )
 
@@ -166,7 +166,7 @@ def _split_gluon(
             tables.item_req, tables.item_run, tables.plan, tables.item_start,
             scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
-            SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
+            BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
             num_warps=1, maxnreg=max_registers(mode, group),
         )  # fmt: skip
 
@@ -197,6 +197,7 @@ def _split_triton(
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
-            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE, num_warps=4,
+            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE,
+            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip

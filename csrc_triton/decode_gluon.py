@@ -147,17 +147,26 @@ def _value_masks(BLOCKS: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _key_operand(tiles, A: gl.constexpr, D: gl.constexpr):
-    """A operand [tokens, D] from one or two tiles of two sub-slots, words int32 [32, 4]."""
-    TOKENS: gl.constexpr = 32 * len(tiles)
-    L: gl.constexpr = _key_layout(TOKENS, D // 8)
-    if len(tiles) == 2:
-        w = gl.join(tiles[0], tiles[1]).reshape([8, 4, 2, 2, 2]).permute((4, 2, 3, 0, 1))
+def _join_slots(words):
+    """Words [8, 4, 2] of 1, 2 or 4 sub-slots as [8, 4, 2, sub-slots]; only names registers."""
+    if len(words) == 4:
+        even = gl.join(words[0], words[2])
+        odd = gl.join(words[1], words[3])
+        out = gl.join(even, odd).reshape([8, 4, 2, 4])
+    elif len(words) == 2:
+        out = gl.join(words[0], words[1])
     else:
-        w = tiles[0].reshape([8, 4, 2, 2]).permute((2, 3, 0, 1))
-    w = gl.convert_layout(
-        w.reshape([TOKENS, 4]), gl.SliceLayout(1, gl.SliceLayout(3, L)), assert_trivial=True
-    )
+        out = words[0].reshape([8, 4, 2, 1])
+    return out
+
+
+@gluon.jit
+def _key_operand(words, A: gl.constexpr, D: gl.constexpr):
+    """A operand [tokens, D] from the words [8, 4, 2 token groups] of 1, 2 or 4 sub-slots."""
+    TOKENS: gl.constexpr = 16 * len(words)
+    L: gl.constexpr = _key_layout(TOKENS, D // 8)
+    w = _join_slots(words).permute((3, 2, 0, 1)).reshape([TOKENS, 4])
+    w = gl.convert_layout(w, gl.SliceLayout(1, gl.SliceLayout(3, L)), assert_trivial=True)
     w = w.expand_dims(1).expand_dims(3)
     mask, last = _key_masks(TOKENS, D // 8)
     a = _unpack(gl.where(last, w >> 1, w), mask)
@@ -165,17 +174,12 @@ def _key_operand(tiles, A: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _value_operand(tiles, A: gl.constexpr, D: gl.constexpr):
-    """A operand [D channels, tokens] from one or two tiles of two sub-slots."""
-    GROUPS: gl.constexpr = 4 * len(tiles)
+def _value_operand(words, A: gl.constexpr, D: gl.constexpr):
+    """A operand [D channels, tokens] likewise."""
+    GROUPS: gl.constexpr = 2 * len(words)
     L: gl.constexpr = _value_layout(D // 8, GROUPS)
-    if len(tiles) == 2:
-        w = gl.join(tiles[0], tiles[1]).reshape([8, 4, 2, 2, 2]).permute((0, 4, 2, 3, 1))
-    else:
-        w = tiles[0].reshape([8, 4, 2, 2]).permute((0, 2, 3, 1))
-    w = gl.convert_layout(
-        w.reshape([8, GROUPS, 4]), gl.SliceLayout(0, gl.SliceLayout(4, L)), assert_trivial=True
-    )
+    w = _join_slots(words).permute((0, 3, 2, 1)).reshape([8, GROUPS, 4])
+    w = gl.convert_layout(w, gl.SliceLayout(0, gl.SliceLayout(4, L)), assert_trivial=True)
     w = w.expand_dims(0).expand_dims(4)
     mask, last = _value_masks(D // 8, GROUPS)
     a = _unpack(gl.where(last, w >> 1, w), mask)
@@ -194,18 +198,113 @@ def _probabilities(s, factor, shift, B: gl.constexpr):
 
 
 @gluon.jit
-def _tile_scores(
-    tiles, q, bias, slot, first_slot, end_slot, MMA: gl.constexpr, A: gl.constexpr, D: gl.constexpr
-):
-    """Scores [tokens, N] of tiles from sub-slot ``slot`` on; -inf outside first_slot .. end_slot.
+def _group_scores(
+    words, q, bias, slot: gl.constexpr, first_slot, end_slot,
+    COUNT: gl.constexpr, BITS: gl.constexpr, MMA: gl.constexpr, A: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Scores [16 COUNT, N] of sub-slots from ``slot`` on; -inf outside first_slot .. end_slot.
 
-    Sub-slots are independent chains of products, and Triton issues them in turn.
+    Sub-slots are independent chains of products, which Triton issues in turn.  Wider codes go from the
+    highest bit down: what is there is doubled before the next bit is added.
     """
-    TOKENS: gl.constexpr = 32 * len(tiles)
+    TOKENS: gl.constexpr = 16 * COUNT
     o_s = slot + gl.arange(0, TOKENS, gl.SliceLayout(1, MMA)) // 16
     inside = (o_s >= first_slot) & (o_s < end_slot)
     start = gl.where(inside[:, None], bias[None, :], float("-inf"))
-    return mma_v2(_key_operand(tiles, A, D), q, start)
+    if BITS > 1:
+        s = gl.zeros([TOKENS, q.shape[1]], gl.float32, MMA)
+        for b in gl.static_range(BITS - 1):
+            s = mma_v2(_key_operand(_pick(words, slot, COUNT, BITS - 1 - b), A, D), q, s) * 2.0
+        start += s
+    return mma_v2(_key_operand(_pick(words, slot, COUNT, 0), A, D), q, start)
+
+
+@gluon.jit
+def _pick(words, slot: gl.constexpr, COUNT: gl.constexpr, bit: gl.constexpr):
+    """Words of one bit of COUNT sub-slots from ``slot`` on, as a tuple."""
+    out = ()
+    for h in gl.static_range(COUNT):
+        out = out + (words[slot + h][bit],)
+    return out
+
+
+@gluon.constexpr_function
+def _groups(slots):
+    """(first sub-slot, number) of groups of 4, 2 and 1 that make up a page."""
+    out, first = [], 0
+    for size in (4, 2, 1):
+        while slots - first >= size:
+            out.append((first, size))
+            first += size
+    return tuple(out)
+
+
+@gluon.constexpr_function
+def _group_first(slots, i):
+    return _groups(slots)[i][0]
+
+
+@gluon.constexpr_function
+def _group_size(slots, i):
+    return _groups(slots)[i][1]
+
+
+@gluon.constexpr_function
+def _num_groups(slots):
+    return len(_groups(slots))
+
+
+@gluon.jit
+def _load_words(p, D: gl.constexpr, BITS: gl.constexpr, SLOTS: gl.constexpr):
+    """Words of a part: for each sub-slot, for each bit, int32 [8 rows, 4 columns, 2 token groups].
+
+    Bit i of a half-word is plane block i.  With 64 channels a word holds two sets of 8 plane blocks
+    (two token groups, or two bits): the upper set is shifted down.
+    """
+    out = ()
+    if D == 128 and BITS == 1:
+        for t in gl.static_range(SLOTS // 2):
+            w = _load_tile(p + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
+            w0, w1 = w.split()
+            out = out + ((w0,), (w1,))
+    elif D == 128 and BITS == 2:
+        for t in gl.static_range(SLOTS):
+            w0, w1 = _load_tile(p + t * 128, 4).reshape([8, 4, 2, 2]).split()
+            out = out + ((w0, w1),)
+    elif D == 128:
+        gl.static_assert(BITS == 4)
+        for t in gl.static_range(SLOTS):
+            even, odd = _load_tile(p + t * 256, 8).reshape([8, 4, 2, 2, 2]).split()
+            w0, w2 = even.split()
+            w1, w3 = odd.split()
+            out = out + ((w0, w1, w2, w3),)
+    elif BITS == 1:
+        gl.static_assert(D == 64)
+        for t in gl.static_range(SLOTS // 4):
+            even, odd = _load_tile(p + t * 128, 4).reshape([8, 4, 2, 2]).split()
+            w0, w2 = even.split()
+            w1, w3 = odd.split()
+            out = out + (
+                (gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),),
+                (gl.join(w2, w2 >> 8),), (gl.join(w3, w3 >> 8),),
+            )  # fmt: skip
+        if SLOTS % 4 == 2:
+            w0, w1 = _load_tile(p + (SLOTS // 4) * 128, 2).reshape([8, 4, 2]).split()
+            out = out + ((gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),))
+    elif BITS == 2:
+        for t in gl.static_range(SLOTS // 2):
+            w = _load_tile(p + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
+            w0, w1 = w.split()
+            out = out + ((w0, w0 >> 8), (w1, w1 >> 8))
+        if SLOTS % 2 == 1:
+            w0 = _load_tile(p + (SLOTS // 2) * 128, 2).reshape([8, 4, 2])
+            out = out + ((w0, w0 >> 8),)
+    else:
+        gl.static_assert(BITS == 4)
+        for t in gl.static_range(SLOTS):
+            w0, w2 = _load_tile(p + t * 128, 4).reshape([8, 4, 2, 2]).split()
+            out = out + ((w0, w0 >> 8, w2, w2 >> 8),)
+    return out
 
 
 @gluon.jit
@@ -230,28 +329,17 @@ def _fold_sum(s, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _load_pairs(p, SLOTS: gl.constexpr):
-    """The tiles of a part in pairs; the last may be single."""
-    pairs = ()
-    for t in gl.static_range(SLOTS // 4):
-        pairs = pairs + ((_load_tile(p + t * 256, 4), _load_tile(p + t * 256 + 128, 4)),)
-    if SLOTS % 4 == 2:
-        pairs = pairs + ((_load_tile(p + (SLOTS // 4) * 256, 4),),)
-    return pairs
-
-
-@gluon.jit
 def _decode_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_num_runs, p_item_req, p_item_run, p_plan, p_item_start,
     p_out, p_lse, p_low, p_high, scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
+    BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    PAIRS: gl.constexpr = (SLOTS + 2) // 4
+    NUM_GROUPS: gl.constexpr = _num_groups(SLOTS)
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)  # channels or tokens of an accumulator
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
 
@@ -308,24 +396,27 @@ def _decode_kernel(
         base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
         p_page = p_words + base // 2
         p_range = p_cache + base + RANGE_OFFSET
-        k_tiles = _load_pairs(p_page, SLOTS)
+        k_words = _load_words(p_page, D, BITS, SLOTS)
         k_scale = gl.load(p_range + o_k)
         k_low = gl.load(p_range + D + gl.arange(0, D, gl.SliceLayout(0, A)))
         if MODE != 1:
-            v_tiles = _load_pairs(p_page + SLOTS * (D // 2), SLOTS)
+            v_words = _load_words(p_page + SLOTS * (BITS * D // 2), D, BITS, SLOTS)
         rows, _ = gl.broadcast(k_low.to(gl.bfloat16)[None, :], gl.zeros([16, D], gl.bfloat16, A))
         bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
         bias = gl.max(bias, 0)  # all rows are equal
         qs = _multiply(q_code, k_scale.to(gl.bfloat16)[:, None])
         scores = ()
-        for t in gl.static_range(PAIRS):
+        for g in gl.static_range(NUM_GROUPS):
             scores = scores + (
-                _tile_scores(k_tiles[t], qs, bias, 4 * t, first_slot, end_slot, MMA, A, D),
-            )
+                _group_scores(
+                    k_words, qs, bias, _group_first(SLOTS, g), first_slot, end_slot,
+                    _group_size(SLOTS, g), BITS, MMA, A, D,
+                ),
+            )  # fmt: skip
         if MODE == 1:
             top_tile = _fold_max(scores[0], MMA)
             low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
-            for t in gl.static_range(PAIRS):
+            for t in gl.static_range(NUM_GROUPS):
                 s = scores[t]
                 top_tile = gl.maximum(top_tile, _fold_max(s, MMA))
                 s = gl.where(s == float("-inf"), float("inf"), s)
@@ -336,7 +427,7 @@ def _decode_kernel(
             alpha = gl.full([N], 1.0, gl.float32, COLUMN)
             if MODE == 0:
                 top_tile = _fold_max(scores[0], MMA)
-                for t in gl.static_range(1, PAIRS):
+                for t in gl.static_range(1, NUM_GROUPS):
                     top_tile = gl.maximum(top_tile, _fold_max(scores[t], MMA))
                 m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
                 alpha = gl.exp2(m_i - m_new)
@@ -344,10 +435,19 @@ def _decode_kernel(
                 shift = _P_EXP - m_new
             p_sum = gl.zeros([16, N], gl.float32, MMA)
             page = gl.zeros([D, N], gl.float32, MMA)
-            for t in gl.static_range(PAIRS):
-                p, b = _probabilities(scores[t], factor, shift, B)
+            weights = ()
+            for g in gl.static_range(NUM_GROUPS):
+                p, b = _probabilities(scores[g], factor, shift, B)
                 p_sum += _fold_sum(p, MMA)
-                page = mma_v2(_value_operand(v_tiles[t], A, D), b, page)
+                weights = weights + (b,)
+            for bit in gl.static_range(BITS):
+                if bit > 0:
+                    page = page * 2.0
+                for g in gl.static_range(NUM_GROUPS):
+                    words = _pick(
+                        v_words, _group_first(SLOTS, g), _group_size(SLOTS, g), BITS - 1 - bit
+                    )
+                    page = mma_v2(_value_operand(words, A, D), weights[g], page)
             v_scale = gl.load(p_range + 2 * D + o_d).to(gl.float32) * v_weight
             v_low = gl.load(p_range + 3 * D + o_d).to(gl.float32)
             total = gl.sum(p_sum, 0) * 7.888609052210118e-31  # 2**-_P_EXP

@@ -77,5 +77,6 @@ def prefill_attention(
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
         KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
         RANGE_OFFSET=page.range_offset // 2, MODE=ATTEND if calibration is None else CALIBRATE,
-        DECODE=False, DOT=DOT_DTYPE, num_warps=4, num_stages=pipeline_stages(fmt),
+        DECODE=False, DOT=DOT_DTYPE,
+            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4, num_stages=pipeline_stages(fmt),
     )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Every kernel compiled ahead for sm_80 and sm_90, which needs no GPU; registers and spills checked."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from csrc_triton import attention, decode, merge, metadata
+from csrc_triton.store import _store_kernel, block_constants
+from tests.kernels.cases import make_format
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions cannot be compiled"
+)
+
+TARGETS = [80, 90]
+POINTERS = {
+    "p_q": "bf16", "p_cache": "bf16", "p_key": "bf16", "p_value": "bf16", "p_text": "bf16",
+    "p_a": "bf16", "p_b": "bf16", "p_c": "bf16", "p_out": "fp32", "p_lse": "fp32", "p_low": "fp32",
+    "p_high": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32", "p_a_lse": "fp32",
+    "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
+    "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
+}  # fmt: skip
+FLOATS = {"scale", "tau_min", "tau_max", "key_alpha", "value_alpha"}
+
+
+def compile_kernel(kernel, constants, capability, source=ASTSource, **options):
+    names = kernel.arg_names
+    signature = {}
+    for n in names:
+        if n in constants:
+            signature[n] = "constexpr"
+        elif n.startswith("p_"):
+            signature[n] = "*" + POINTERS.get(n, "i32")
+        else:
+            signature[n] = "fp32" if n in FLOATS else "i32"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n not in constants and (n.startswith("p_") or n in ("stride_page", "stride_head"))
+    }
+    places = {(names.index(k),): v for k, v in constants.items()}
+    return triton.compile(
+        source(kernel, signature, places, aligned),
+        target=GPUTarget("cuda", capability, 32), options=options,
+    )  # fmt: skip
+
+
+def page_constants(fmt):
+    page = fmt.page
+    return {
+        "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": page.slots,
+        "KEY_FULL": page.tile_slots(page.key_planes),
+        "VALUE_FULL": page.tile_slots(page.value_planes), "RANGE_OFFSET": page.range_offset // 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_metadata(capability):
+    constants = {"PAGE_TOKENS": 224, "BC": 1024, "SEARCH_STEPS": 7}
+    compile_kernel(metadata._tables_kernel, constants, capability, num_warps=4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "quantile", "head_size", "bits"), [(80, True, 80, 2), (90, False, 128, 1)]
+)
+def test_store(capability, quantile, head_size, bits):
+    fmt = make_format(head_size, bits)
+    constants = page_constants(fmt) | block_constants(fmt, quantile=quantile)
+    compile_kernel(_store_kernel, constants, capability, num_warps=8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "mode", "prefill", "head_size"),
+    [
+        (80, attention.ATTEND, False, 128),
+        (80, attention.CALIBRATE, True, 80),
+        (90, attention.EXTREMES, False, 80),
+        (90, attention.CALIBRATE, True, 128),
+    ],
+)
+def test_attention(capability, mode, prefill, head_size):
+    constants = page_constants(make_format(head_size)) | {
+        "D": head_size, "BD": 128, "GROUP": 7, "BM": 64 if prefill else 16, "BT": 64,
+        "KEY_BITS": 1, "VALUE_BITS": 1, "MODE": mode, "DECODE": not prefill,
+        "DOT": triton.language.bfloat16, "WHOLE": head_size == 128,
+    }  # fmt: skip
+    compile_kernel(attention._attend_kernel, constants, capability, num_warps=4)
+
+
+def test_merge():
+    splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True}
+    compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
+    parts = {"D": 80, "BD": 128, "PARTS": 3}
+    compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
+
+
+def disassembly(compiled, tmp_path: Path) -> str:
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    run = [str(tool), "-sass", str(path)]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "mode", "group", "head_size", "bits"),
+    [
+        (90, attention.ATTEND, 7, 128, 1),
+        (90, attention.EXTREMES, 7, 128, 1),
+        (90, attention.CALIBRATE, 7, 128, 1),
+        (90, attention.ATTEND, 16, 128, 1),
+        (90, attention.ATTEND, 8, 128, 2),
+        (90, attention.ATTEND, 1, 128, 4),
+        (90, attention.CALIBRATE, 4, 64, 1),
+        (90, attention.ATTEND, 4, 64, 2),
+        (80, attention.ATTEND, 7, 128, 1),
+    ],
+)
+def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.decode_gluon import _decode_kernel
+
+    fmt = make_format(head_size, bits)
+    slots, wide = fmt.page.slots, group > 8
+    constants = {
+        "NUM_HEADS": 4 * group, "GROUP": group, "N": 16 if wide else 8, "D": head_size, "BITS": bits,
+        "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2, "MODE": mode,
+    }  # fmt: skip
+    compiled = compile_kernel(
+        _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
+        maxnreg=decode.max_registers(mode, group),
+    )  # fmt: skip
+    assert compiled.metadata.shared == 0, "codes must not pass through shared memory"
+    sass = disassembly(compiled, tmp_path)
+    products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
+    steps = head_size // 16
+    parts = 1 if mode == attention.EXTREMES else 2
+    assert products == (2 if wide else 1) * steps * (1 + parts * slots * bits)
+    # An A register holds two codes and takes one LOP3: four for a product of 16 tokens x 16 channels.
+    assert len(re.findall(r"\bLOP3\b", sass)) < 4 * steps * parts * slots * bits + 100
+    if not wide:
+        assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spill to local memory"

@@ -119,6 +119,7 @@ def decode_attention(
     use_gluon = kernel != "triton" and gluon_serves(fmt, group, query.device)
     if kernel == "gluon" and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
+    pdl = dependent_launch(query.device)
     split = _split_gluon if use_gluon else _split_triton
     split(tables, scratch, fmt, query, kv_cache, scale, calibration)
     has_text = text is not None
@@ -129,7 +130,8 @@ def decode_attention(
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, num_warps=1,
+        HAS_LSE=lse is not None, BI=8, PDL=use_gluon and pdl, num_warps=2,
+        **({"launch_pdl": True} if use_gluon and pdl else {}),
     )  # fmt: skip
 
 
@@ -145,6 +147,11 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
     )
 
 
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a launch may start before the one it depends on has ended (Hopper and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _split_gluon(
     tables: StepTables,
     scratch: DecodeScratch,
@@ -158,6 +165,7 @@ def _split_gluon(
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
     tau_min, tau_max = calibration or (0.0, 0.0)
+    pdl = dependent_launch(query.device)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
         _decode_kernel[(num_kv_heads, tables.items_for(num_requests))](
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
@@ -167,7 +175,8 @@ def _split_gluon(
             scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
             BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
-            num_warps=1, maxnreg=max_registers(mode, group),
+            PDL=pdl, num_warps=1, maxnreg=max_registers(mode, group),
+            **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
         )  # fmt: skip
 
 

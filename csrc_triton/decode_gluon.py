@@ -26,6 +26,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .tables import TAG_SHIFT
 
@@ -335,6 +336,7 @@ def _decode_kernel(
     p_out, p_lse, p_low, p_high, scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -343,6 +345,8 @@ def _decode_kernel(
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)  # channels or tokens of an accumulator
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
 
+    if PDL:
+        gdc_launch_dependents()  # the next launch waits for this one's results itself
     i_head = gl.program_id(0)
     i_item = gl.program_id(1)
     if i_item >= gl.load(p_plan):
@@ -371,6 +375,8 @@ def _decode_kernel(
     if MODE == 2:
         low = gl.full([N], float("inf"), gl.float32, COLUMN)
         high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+        if PDL:
+            gdc_wait()  # for the extremes
         for i_other in range(gl.load(p_item_start + req), gl.load(p_item_start + req + 1)):
             low = gl.minimum(low, gl.load(p_low + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))
             high = gl.maximum(high, gl.load(p_high + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))

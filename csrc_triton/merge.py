@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -17,41 +18,46 @@ def _merge_splits_kernel(
     p_text, stride_tt, stride_th, p_text_lse, stride_lh,
     p_out, stride_ot, stride_oh, p_lse, stride_eh,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0)
     i_head = tl.program_id(1)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    m_i = float("-inf")
-    l_i = 0.0
+    m_i = tl.full([], float("-inf"), tl.float32)
+    l_i = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BD], tl.float32)
     if HAS_TEXT:
-        lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
+        text_lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
         # FlashAttention gives +inf for a row without keys.
-        if (lse > float("-inf")) & (lse < float("inf")):
-            m_i = lse
-            l_i = 1.0
-            p_row = p_text + i_row.to(tl.int64) * stride_tt + i_head * stride_th
-            acc = tl.load(p_row + o_d, mask=m_d, other=0).to(tl.float32)
+        if (text_lse > float("-inf")) & (text_lse < float("inf")):
+            m_i = text_lse
+            l_i = tl.full([], 1.0, tl.float32)
+            p_text += i_row.to(tl.int64) * stride_tt + i_head * stride_th
+            acc = tl.load(p_text + o_d, mask=m_d, other=0).to(tl.float32)
     begin = tl.load(p_item_start + first_req + i_row)
     end = tl.load(p_item_start + first_req + i_row + 1)
-    for i_item in range(begin, end):
-        at = i_item * NUM_HEADS + i_head
-        lse = tl.load(p_part_lse + at)
-        x = tl.load(p_part + at * D + o_d, mask=m_d, other=0).to(tl.float32)
-        m_new = tl.maximum(m_i, lse)
+    if PDL:
+        gdc_wait()  # only now are the partial results of the launch before this one complete
+    for start in range(begin, end, BI):
+        o_i = start + tl.arange(0, BI)
+        m_item = o_i < end
+        at = o_i * NUM_HEADS + i_head
+        lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
+        m = m_item[:, None] & m_d[None, :]
+        x = tl.load(p_part + at[:, None] * D + o_d[None, :], mask=m, other=0).to(tl.float32)
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
         old = tl.exp(m_i - m_new)
         new = tl.exp(lse - m_new)
-        acc = acc * old + x * new
-        l_i = l_i * old + new
+        acc = acc * old + tl.sum(x * new[:, None], 0)
+        l_i = l_i * old + tl.sum(new, 0)
         m_i = m_new
     safe = tl.where(l_i > 0, l_i, 1.0)
     p_row = p_out + i_row.to(tl.int64) * stride_ot + i_head * stride_oh
     tl.store(p_row + o_d, (acc / safe).to(p_out.dtype.element_ty), mask=m_d)
     if HAS_LSE:
-        lse = tl.where(l_i > 0, m_i + tl.log(safe), float("-inf"))
-        tl.store(p_lse + i_head * stride_eh + i_row, lse)
+        out_lse = tl.where(l_i > 0, m_i + tl.log(safe), float("-inf"))
+        tl.store(p_lse + i_head * stride_eh + i_row, out_lse)
 
 
 @triton.jit

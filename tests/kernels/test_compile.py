@@ -94,7 +94,8 @@ def test_attention(capability, mode, prefill, head_size):
 
 
 def test_merge():
-    splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True}
+    splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
+              "BI": 8, "PDL": False}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
     parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
@@ -131,6 +132,7 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     constants = {
         "NUM_HEADS": 4 * group, "GROUP": group, "N": 16 if wide else 8, "D": head_size, "BITS": bits,
         "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2, "MODE": mode,
+        "PDL": capability >= 90,
     }  # fmt: skip
     compiled = compile_kernel(
         _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,

@@ -316,6 +316,6 @@ def test_last_line_of_vllm_serve_is_the_sentence(tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.rstrip().splitlines()[-1] == (
-        "vllm_calibquant.config.ConfigError: --kv-cache-dtype calibquant1 cannot be used: the model "
-        "has sliding-window layers (window 64), which are not supported"
+        "vllm_calibquant.config.ConfigError: --kv-cache-dtype calibquant1 cannot be used: "
+        "the model has sliding-window layers (window 64), which are not supported"
     )

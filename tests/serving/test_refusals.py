@@ -258,14 +258,12 @@ def test_unknown_vllm_is_refused(tmp_path, monkeypatch) -> None:
 
 def test_unknown_vllm_starts_without_us(monkeypatch) -> None:
     """Names that have moved are no reason why vLLM should not serve other dtypes."""
-    from vllm.engine import arg_utils
+    from vllm.config import cache
 
     monkeypatch.setattr(compat, "version", lambda name: "0.99.1")
-    monkeypatch.setattr(compat, "DTYPE_BITS", {"calibquant9": 9})
-    monkeypatch.delattr(arg_utils, "_compute_kwargs")
+    monkeypatch.delattr(cache, "CacheDType")
     with pytest.raises(AttributeError):
         compat.add_cache_dtypes()
-    monkeypatch.setattr(compat, "DTYPE_BITS", {"calibquant8": 8})
     plugin.register()
 
 

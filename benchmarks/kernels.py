@@ -102,7 +102,7 @@ class Decode:
 
     def __init__(
         self, hq: int, hkv: int, tokens: int, batch: int, d: int = 128, bits: int = 1,
-        items_per_sm: int = 24,
+        items_per_sm: int | None = None,
     ) -> None:  # fmt: skip
         page = PageFormat.uniform(d, bits)
         self.fmt = DeviceFormat(page, "cuda")

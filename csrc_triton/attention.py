@@ -125,7 +125,7 @@ def _scores(
 def _attend_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_num_runs, p_query_start, first_req,
-    p_item_req, p_item_run, p_plan, p_item_start,
+    p_item_req, p_item_run, p_item_end, p_plan, p_item_start,
     p_out, stride_ot, stride_oh, p_lse, stride_lt, stride_lh,
     p_low, p_high, p_key_plane, p_value_plane, scale, tau_min, tau_max,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
@@ -145,7 +145,7 @@ def _attend_kernel(
             return
         req = tl.load(p_item_req + i_item)
         run_begin = tl.load(p_item_run + i_item)
-        run_end = tl.minimum(run_begin + tl.load(p_plan + 1), tl.load(p_num_runs + req))
+        run_end = tl.load(p_item_end + i_item)
         m_r = o_r < GROUP
         o_q = tl.zeros([BM], tl.int32) + req
         o_h = i_head * GROUP + o_r

@@ -19,7 +19,7 @@ try:
 except ImportError:  # a Triton without Gluon: the plain kernels serve everything
     GLUON = False
 
-MAX_REGISTERS = {ATTEND: 200, EXTREMES: 144, CALIBRATE: 232}
+MAX_REGISTERS = {ATTEND: 232, EXTREMES: 168, CALIBRATE: 232}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
 
 
@@ -170,8 +170,8 @@ def _split_gluon(
         _decode_kernel[(num_kv_heads, tables.items_for(num_requests))](
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
-            tables.runs, tables.runs.stride(0), tables.num_runs,
-            tables.item_req, tables.item_run, tables.plan, tables.item_start,
+            tables.runs, tables.runs.stride(0),
+            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
             scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
             BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
@@ -198,7 +198,7 @@ def _split_triton(
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, tables.num_runs, 0,
-            tables.item_req, tables.item_run, tables.plan, tables.item_start,
+            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
             scratch.out, scratch.out.stride(0), scratch.out.stride(1),
             scratch.lse, num_heads, 1,
             scratch.low, scratch.high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,

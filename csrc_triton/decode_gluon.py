@@ -332,7 +332,7 @@ def _fold_sum(s, MMA: gl.constexpr):
 @gluon.jit
 def _decode_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
-    p_runs, stride_runs, p_num_runs, p_item_req, p_item_run, p_plan, p_item_start,
+    p_runs, stride_runs, p_item_req, p_item_run, p_item_end, p_plan, p_item_start,
     p_out, p_lse, p_low, p_high, scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
@@ -353,7 +353,7 @@ def _decode_kernel(
         return
     req = gl.load(p_item_req + i_item)
     run_begin = gl.load(p_item_run + i_item)
-    run_end = gl.minimum(run_begin + gl.load(p_plan + 1), gl.load(p_num_runs + req))
+    run_end = gl.load(p_item_end + i_item)
     p_run = p_runs + req.to(gl.int64) * stride_runs
 
     # Queries as a B operand [D, N]: plain for the bias, and with the powers of the code bits.
@@ -395,18 +395,27 @@ def _decode_kernel(
     acc = gl.zeros([D, N], gl.float32, MMA)
     v_weight = _pow2(-_exponent(o_d // 8) - _P_EXP)
 
+    # Keys and their ranges are loaded a page ahead, while the values of a page are used.
+    o_a = gl.arange(0, D, gl.SliceLayout(0, A))
+    first = gl.load(p_run + run_begin * 2)
+    last_slot = gl.load(p_run + run_begin * 2 + 1)
+    base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+    k_words = _load_words(p_words + base // 2, D, BITS, SLOTS)
+    k_scale = gl.load(p_cache + base + RANGE_OFFSET + o_k)
+    k_low = gl.load(p_cache + base + RANGE_OFFSET + D + o_a)
     for i_run in range(run_begin, run_end):
-        first = gl.load(p_run + i_run * 2)
-        end_slot = gl.load(p_run + i_run * 2 + 1) + 1
+        end_slot = last_slot + 1
         first_slot = (first >> _TAG) - 1
-        base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
         p_page = p_words + base // 2
         p_range = p_cache + base + RANGE_OFFSET
-        k_words = _load_words(p_page, D, BITS, SLOTS)
-        k_scale = gl.load(p_range + o_k)
-        k_low = gl.load(p_range + D + gl.arange(0, D, gl.SliceLayout(0, A)))
+        ahead = gl.minimum(i_run + 1, run_end - 1)
+        first = gl.load(p_run + ahead * 2)
+        last_slot = gl.load(p_run + ahead * 2 + 1)
+        base = (first & _PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
         if MODE != 1:
             v_words = _load_words(p_page + SLOTS * (BITS * D // 2), D, BITS, SLOTS)
+            v_scale = gl.load(p_range + 2 * D + o_d)
+            v_low = gl.load(p_range + 3 * D + o_d)
         rows, _ = gl.broadcast(k_low.to(gl.bfloat16)[None, :], gl.zeros([16, D], gl.bfloat16, A))
         bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
         bias = gl.max(bias, 0)  # all rows are equal
@@ -419,6 +428,9 @@ def _decode_kernel(
                     _group_size(SLOTS, g), BITS, MMA, A, D,
                 ),
             )  # fmt: skip
+        k_words = _load_words(p_words + base // 2, D, BITS, SLOTS)
+        k_scale = gl.load(p_cache + base + RANGE_OFFSET + o_k)
+        k_low = gl.load(p_cache + base + RANGE_OFFSET + D + o_a)
         if MODE == 1:
             top_tile = _fold_max(scores[0], MMA)
             low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
@@ -454,11 +466,10 @@ def _decode_kernel(
                         v_words, _group_first(SLOTS, g), _group_size(SLOTS, g), BITS - 1 - bit
                     )
                     page = mma_v2(_value_operand(words, A, D), weights[g], page)
-            v_scale = gl.load(p_range + 2 * D + o_d).to(gl.float32) * v_weight
-            v_low = gl.load(p_range + 3 * D + o_d).to(gl.float32)
             total = gl.sum(p_sum, 0) * 7.888609052210118e-31  # 2**-_P_EXP
             l_i = l_i * alpha + total
-            acc = acc * alpha[None, :] + page * v_scale[:, None] + v_low[:, None] * total[None, :]
+            acc = acc * alpha[None, :] + page * (v_scale.to(gl.float32) * v_weight)[:, None]
+            acc += v_low.to(gl.float32)[:, None] * total[None, :]
 
     at = i_item * NUM_HEADS + o_h
     if MODE == 1:

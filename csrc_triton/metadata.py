@@ -11,7 +11,7 @@ sub-slot).  For each request the kernel writes
 
 For the store it lists this step's visual pages, the number of tokens that each gets, and the row of
 the step's K and V of every one of them.  The program that finishes last cuts the visual runs of the
-decode requests into *items* of ``runs_per_item`` runs, about as many as the GPU runs at once: an item
+decode requests into *items* of about equal numbers of runs, about as many as the GPU runs at once: an item
 is the unit of work of the split decode kernel.
 
 Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the block
@@ -32,6 +32,9 @@ _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
+ITEMS_PER_SM = 24
+"""(item, KV head) pairs for each multiprocessor: a few times what runs at once evens out the end."""
+
 
 @dataclass
 class StepTables:
@@ -50,12 +53,12 @@ class StepTables:
         last sub-slot.
     num_runs, visual_lens : torch.Tensor
         int32 ``[max_num_reqs]``: runs of the request and the visual tokens in them.
-    item_req, item_run : torch.Tensor
-        int32 ``[max_items]``: request and first run of an item.
+    item_req, item_run, item_end : torch.Tensor
+        int32 ``[max_items]``: request of an item, its first run, and the run after its last.
     item_start : torch.Tensor
         int32 ``[max_num_reqs + 1]``: items of request r are ``item_start[r] .. item_start[r + 1] - 1``.
     plan : torch.Tensor
-        int32 ``[4]``: number of items, runs per item, number of this step's visual pages, and the
+        int32 ``[4]``: number of items, most runs of an item, number of this step's visual pages, and the
         ticket counter that finds the program that ends last (0 between steps).
     page_ids, page_tokens : torch.Tensor
         int32 ``[max_pages]``: page and number of tokens of each visual page written in this step.
@@ -76,6 +79,7 @@ class StepTables:
     visual_lens: torch.Tensor
     item_req: torch.Tensor
     item_run: torch.Tensor
+    item_end: torch.Tensor
     item_start: torch.Tensor
     plan: torch.Tensor
     page_ids: torch.Tensor
@@ -103,7 +107,7 @@ def allocate_tables(
     num_kv_heads: int,
     device: torch.device | str,
     num_sms: int | None = None,
-    items_per_sm: int = 24,
+    items_per_sm: int | None = None,
 ) -> StepTables:
     """Allocate the buffers of :func:`build_tables`.
 
@@ -122,12 +126,12 @@ def allocate_tables(
     num_sms
         Multiprocessors of the device; read from it when it is a CUDA device.
     items_per_sm
-        (item, KV head) pairs that the plan aims at for each multiprocessor.
+        (item, KV head) pairs that the plan aims at for each multiprocessor; ``ITEMS_PER_SM`` if None.
     """
     if num_sms is None:
         cuda = torch.device(device).type == "cuda"
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-    target = max(1, num_sms * items_per_sm // num_kv_heads)
+    target = max(1, num_sms * (items_per_sm or ITEMS_PER_SM) // num_kv_heads)
     max_pages = max(1, max_num_tokens // (2 * BLOCK))
 
     def buffer(*shape: int) -> torch.Tensor:
@@ -142,6 +146,7 @@ def allocate_tables(
         visual_lens=buffer(max_num_reqs),
         item_req=buffer(target + max_num_reqs),
         item_run=buffer(target + max_num_reqs),
+        item_end=buffer(target + max_num_reqs),
         item_start=buffer(max_num_reqs + 1),
         plan=buffer(4),
         page_ids=buffer(max_pages),
@@ -161,7 +166,7 @@ def _tables_kernel(
     p_block_table, stride_table, p_seq_lens, p_query_start, p_slot_mapping, num_tokens,
     p_text_table, stride_text, p_text_lens, p_context_lens,
     p_runs, stride_runs, p_num_runs, p_visual_lens,
-    p_item_req, p_item_run, p_item_start, p_plan,
+    p_item_req, p_item_run, p_item_end, p_item_start, p_plan,
     p_page_ids, p_page_tokens, p_page_rows,
     num_reqs, num_decodes, target_items, max_items,
     PAGE_TOKENS: tl.constexpr, BC: tl.constexpr, SEARCH_STEPS: tl.constexpr,
@@ -274,7 +279,11 @@ def _tables_kernel(
                 high = tl.where(first <= o_i, high, middle - 1)
             first = tl.load(p_item_start + low, mask=m_i, other=0)
             tl.store(p_item_req + o_i, low, mask=m_i)
-            tl.store(p_item_run + o_i, (o_i - first) * per_item, mask=m_i)
+            count = tl.load(p_item_start + low + 1, mask=m_i, other=0) - first
+            runs = tl.load(p_num_runs + low, mask=m_i, other=0, cache_modifier=".cg")
+            # Items of a request differ by one run at most.
+            tl.store(p_item_run + o_i, (o_i - first) * runs // tl.maximum(count, 1), mask=m_i)
+            tl.store(p_item_end + o_i, (o_i - first + 1) * runs // tl.maximum(count, 1), mask=m_i)
 
 
 def build_tables(
@@ -329,7 +338,8 @@ def build_tables(
         slot_mapping.shape[0],
         tables.text_block_table, tables.text_block_table.stride(0), tables.text_lens,
         tables.context_text_lens, tables.runs, tables.runs.stride(0), tables.num_runs,
-        tables.visual_lens, tables.item_req, tables.item_run, tables.item_start, tables.plan,
+        tables.visual_lens, tables.item_req, tables.item_run, tables.item_end, tables.item_start,
+        tables.plan,
         tables.page_ids, tables.page_tokens, tables.page_rows,
         num_reqs, num_decodes, tables.target_items, tables.max_items,
         PAGE_TOKENS=tables.page_rows.shape[1], BC=1024,

@@ -69,7 +69,7 @@ def prefill_attention(
         query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
         kv_cache.stride(0), kv_cache.stride(1),
         tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
-        tables.item_req, tables.item_run, tables.plan, tables.item_start,
+        tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
         out, out.stride(0), out.stride(1), lse, 1, lse.stride(0),
         lse, lse, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
         D=d, BD=bd, GROUP=group, BM=bm, BT=32 if bd > 128 else 64,

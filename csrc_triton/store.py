@@ -180,16 +180,20 @@ def _store_visual_whole(
     word is a sum of shifted codes over the plane blocks and the two halves.
     """
     n = tl.load(p_page_tokens + i_page)
-    o_t = tl.arange(0, BT)
+    o_t = tl.arange(0, BC)
     o_d = tl.arange(0, D)
-    m_t = o_t < n
-    row = tl.load(p_page_rows + i_page * (SLOTS * 16) + o_t, mask=m_t, other=0)
-    p_row = p_x + i_head * stride_xh + row.to(tl.int64) * stride_xt
-    x = tl.load(p_row[:, None] + o_d[None, :], mask=m_t[:, None], other=0)
-    value = x.to(tl.float32)
+    lows = tl.full([BC, D], float("inf"), tl.float32)
+    highs = tl.full([BC, D], float("-inf"), tl.float32)
+    for start in tl.static_range(0, BT, BC):
+        m_t = start + o_t < n
+        row = tl.load(p_page_rows + i_page * (SLOTS * 16) + start + o_t, mask=m_t, other=0)
+        p_row = p_x + i_head * stride_xh + row.to(tl.int64) * stride_xt
+        x = tl.load(p_row[:, None] + o_d[None, :], mask=m_t[:, None], other=0).to(tl.float32)
+        lows = tl.minimum(lows, tl.where(m_t[:, None], x, float("inf")))
+        highs = tl.maximum(highs, tl.where(m_t[:, None], x, float("-inf")))
     clip = tl.load(p_clip + o_d)
-    low = tl.min(tl.where(m_t[:, None], value, float("inf")), 0) * clip
-    high = tl.max(tl.where(m_t[:, None], value, float("-inf")), 0) * clip
+    low = tl.min(lows, 0) * clip
+    high = tl.max(highs, 0) * clip
     dtype: tl.constexpr = p_ranges.dtype.element_ty
     scale = _round(tl.div_rn(high - low, tl.full([D], (1 << BITS) - 1.0, tl.float32)), dtype)
     offset = _round(low, dtype)
@@ -375,6 +379,7 @@ def store(
     # A request's visual blocks of a step fill pages in order, so all but its last page are full.
     visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_reqs)
     alpha = 0.0 if quantile is None else quantile
+    limit = {"maxnreg": 128} if sizes["WHOLE_BITS"] and key.is_cuda else {}
     _store_kernel[(text_tiles + 2 * visual, num_heads)](
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, visual,
@@ -384,7 +389,7 @@ def store(
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
         SLOTS=page.slots, KEY_FULL=page.tile_slots(page.key_planes),
         VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
-        **sizes, num_warps=8,
+        **sizes, num_warps=8, **limit,
     )  # fmt: skip
 
 
@@ -398,7 +403,7 @@ def block_constants(fmt: DeviceFormat, *, quantile: bool) -> dict[str, int]:
         "BR": 8,
         "WHOLE_BITS": whole,
         "QUANTILE": quantile,
-        "BT": triton.next_power_of_2(page.tokens) if quantile or whole else 32,
+        "BT": triton.next_power_of_2(max(page.tokens, 64)) if quantile or whole else 32,
         "BC": 32 if whole else 16,
         "BW": 1024,
     }

@@ -63,8 +63,9 @@ def test_store_formats(name):
         slots += [test_store.tag(page, s) * 16 + i for s in range(count) for i in range(16)]
     slots += [3 * 16 + i for i in range(3)] + [-1, -1]
     got, want = test_store.run(fmt, slots, device="cuda")
-    # A value half-way between two levels may fall on either side where division rounds differently.
-    assert test_store.differing_bits(got, want) <= 8
+    # The GPU fuses multiply and subtract: here and there a range rounds to the neighbouring number,
+    # and codes next to a threshold follow it.
+    assert test_store.differing_bits(got, want) <= want.numel() * 16 * 0.002
 
 
 @pytest.mark.parametrize("quantile", [0.02, 0.25])
@@ -72,7 +73,7 @@ def test_store_quantile(quantile):
     fmt = make_format(128, 2)
     slots = [test_store.tag(5, s) * 16 + i for s in range(7) for i in range(16)]
     got, want = test_store.run(fmt, slots, quantile=quantile, device="cuda")
-    assert test_store.differing_bits(got, want) <= 60
+    assert test_store.differing_bits(got, want) <= want.numel() * 16 * 0.002
 
 
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])

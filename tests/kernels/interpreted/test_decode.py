@@ -71,7 +71,8 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     assert relative_error(out, want) < 1e-2
     finite = want_lse.isfinite()
     assert torch.equal(lse.cpu().isneginf(), ~finite)
-    assert (lse.cpu()[finite] - want_lse[finite]).abs().max() < 2e-2
+    error = (lse.cpu()[finite] - want_lse[finite]).abs()
+    assert (error / want_lse[finite].abs().clamp(min=1)).max() < 2e-2
     return out
 
 

@@ -40,15 +40,15 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
         for i in range(pages)
     ]
     assert got == want["pages"]
-    items, per_item = tables.plan[:2].tolist()
+    items, most = tables.plan[:2].tolist()
     assert items <= tables.items_for(num_decodes)
     cover = {(r, i) for r in range(num_decodes) for i in range(tables.num_runs[r])}
     seen = set()
     for i in range(items):
         r, first = tables.item_req[i].item(), tables.item_run[i].item()
         assert tables.item_start[r] <= i < tables.item_start[r + 1]
-        new = {(r, j) for j in range(first, min(first + per_item, tables.num_runs[r].item()))}
-        assert new and not new & seen
+        new = {(r, j) for j in range(first, tables.item_end[i].item())}
+        assert 0 < len(new) <= most and not new & seen
         seen |= new
     assert seen == cover
     assert tables.item_start[len(requests)] == items

@@ -1,0 +1,217 @@
+"""Range estimators and rounding against loops over single numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_calibquant.quantize import RANGE_ESTIMATORS, MinMax, Quantile, encode
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def group(tokens: int, channels: int, seed: int, absent: int = 0) -> tuple[torch.Tensor, ...]:
+    """``x`` float32 ``[tokens, D]`` with channels of very different offsets, and ``valid``."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator)
+    x = x * torch.rand(channels, generator=generator).mul(4).exp()
+    x = x + torch.randn(channels, generator=generator) * 10
+    valid = torch.ones(tokens, 1, dtype=torch.bool)
+    valid[torch.randperm(tokens, generator=generator)[:absent]] = False
+    return x.masked_fill(~valid, float("nan")), valid
+
+
+def linear_quantile(values: list[float], share: float) -> float:
+    """Quantile with linear interpolation between order statistics."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+groups = st.builds(
+    lambda tokens, channels, seed, share: group(tokens, channels, seed, int(share * (tokens - 1))),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 999),
+    st.floats(0, 1),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(x_valid=groups, factor=st.sampled_from([1.0, 0.5, 0.3]))
+def test_minmax(x_valid, factor):
+    x, valid = x_valid
+    lo, hi = MinMax(factor)(x, valid)
+    for j in range(x.shape[1]):
+        values = [x[t, j] for t in range(len(x)) if valid[t]]
+        assert lo[0, j] == min(values) * factor
+        assert hi[0, j] == max(values) * factor
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    x_valid=groups,
+    factor=st.sampled_from([1.0, 0.5]),
+    alpha=st.sampled_from([0.0, 0.02, 0.1, 0.25]),
+)
+def test_quantile(x_valid, factor, alpha):
+    x, valid = x_valid
+    lo, hi = Quantile(factor, alpha)(x, valid)
+    for j in range(x.shape[1]):
+        values = [x[t, j].item() for t in range(len(x)) if valid[t]]
+        assert lo[0, j].item() == pytest.approx(
+            factor * linear_quantile(values, alpha), rel=1e-5, abs=1e-5
+        )
+        assert hi[0, j].item() == pytest.approx(
+            factor * linear_quantile(values, 1 - alpha), rel=1e-5, abs=1e-5
+        )
+
+
+def test_a_quantile_of_zero_is_the_extreme():
+    x, valid = group(30, 5, seed=3, absent=10)
+    for a, b in zip(Quantile(0.5, 0.0)(x, valid), MinMax(0.5)(x, valid), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", RANGE_ESTIMATORS)
+def test_estimators_treat_groups_apart(name):
+    """Leading dimensions are pages and heads: each has ranges of its own."""
+    parts = [group(20, 8, seed, absent=seed) for seed in range(6)]
+    x, valid = (torch.stack(p).unflatten(0, (2, 3)) for p in zip(*parts, strict=True))
+    lo, hi = RANGE_ESTIMATORS[name](0.7)(x, valid)
+    assert lo.shape == hi.shape == (2, 3, 1, 8)
+    for i, part in enumerate(parts):
+        alone = RANGE_ESTIMATORS[name](0.7)(*part)
+        assert torch.equal(lo[i // 3, i % 3], alone[0])
+        assert torch.equal(hi[i // 3, i % 3], alone[1])
+
+
+def rounded(value: np.float32, dtype: torch.dtype) -> np.float32:
+    """The nearest number of a dtype."""
+    return torch.tensor(value).to(dtype).float().numpy()[()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    x_valid=groups,
+    seed=st.integers(0, 99),
+    factor=st.sampled_from([1.0, 0.5, 0.3]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_encode(x_valid, seed, factor, dtype):
+    x, valid = x_valid
+    channels = x.shape[1]
+    widths = np.random.default_rng(seed).choice([0, 1, 2, 4], channels)
+    codes, scale, offset = encode(x, valid, torch.from_numpy(widths), MinMax(factor), dtype)
+    assert (codes.dtype, scale.dtype, offset.dtype) == (torch.uint8, dtype, dtype)
+    for j in range(channels):
+        column = x[:, j].numpy()
+        present = [v for t, v in enumerate(column) if valid[t]]
+        lo, hi = min(present) * np.float32(factor), max(present) * np.float32(factor)
+        levels = 2 ** int(widths[j]) - 1
+        s = rounded((hi - lo) / np.float32(levels), dtype) if levels else np.float32(0)
+        o = rounded(lo, dtype)
+        assert scale[0, j].float().item() == s
+        assert offset[0, j].float().item() == o
+        for t, value in enumerate(column):
+            expected = 0.0
+            if valid[t] and s > 0:
+                expected = round(float(min(max((value - o) / s, np.float32(0)), levels)))
+            assert codes[t, j] == expected, (t, j, value, s, o)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_nearest_to_the_stored_range(bits, dtype):
+    """No other code is nearer to a number than its own, given scale and offset as stored.
+
+    Codes taken against ranges before rounding fail this: that they would differ is checked too,
+    for the dtypes whose rounding is coarse.
+    """
+    x, valid = group(200, 32, seed=bits)
+    width = torch.full((32,), bits)
+    codes, scale, offset = encode(x, valid, width, MinMax(), dtype)
+    levels = torch.arange(2**bits).float()
+    values = offset.float()[..., None] + scale.float()[..., None] * levels  # [1, D, 2**bits]
+    error = (x[..., None] - values).abs()
+    own = error.gather(-1, codes[..., None].long()).squeeze(-1)
+    slack = 1e-5 * x.abs() + 1e-6
+    assert (own <= error.amin(-1) + slack).all()
+
+    unrounded, _, _ = encode(x, valid, width, MinMax(), torch.float32)
+    if dtype != torch.float32 and bits >= 4:
+        assert not torch.equal(unrounded, codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_constant_channels(bits, dtype, factor):
+    """A channel without extent has scale 0 and comes back as its (scaled) value."""
+    value = torch.tensor([3.0, -7.25, 0.0, 1e4, -1e-3])
+    x = value.expand(50, 5).clone()
+    valid = torch.ones(50, 1, dtype=torch.bool)
+    codes, scale, offset = encode(x, valid, torch.full((5,), bits), MinMax(factor), dtype)
+    assert not codes.any()
+    assert not scale.any()
+    assert torch.equal(offset[0], (value * factor).to(dtype))
+
+
+@pytest.mark.parametrize("estimator", [MinMax(), Quantile(alpha=0.02)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token(estimator, dtype):
+    x, valid = group(16, 8, seed=1, absent=15)
+    codes, scale, offset = encode(x, valid, torch.full((8,), 2), estimator, dtype)
+    assert not codes.any()
+    assert not scale.any()
+    assert torch.equal(offset[0], x[valid[:, 0]][0].to(dtype))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_huge_offsets(bits, dtype):
+    """Keys of Qwen2-VL have channels far from 0, where the offset itself is rounded coarsely."""
+    generator = torch.Generator().manual_seed(0)
+    center = torch.tensor([300.0, -5000.0, 20000.0, 0.0])
+    x = center + torch.randn(224, 4, generator=generator)
+    valid = torch.ones(224, 1, dtype=torch.bool)
+    codes, scale, offset = encode(x, valid, torch.full((4,), bits), MinMax(), dtype)
+    assert torch.isfinite(scale).all()
+    assert torch.isfinite(offset).all()
+    assert (codes <= 2**bits - 1).all()
+    back = offset.float() + scale.float() * codes
+    # Half a step, and what rounding the offset moves.
+    bound = scale.float() / 2 + (center.abs() + 5) * torch.finfo(dtype).eps * 1.01
+    assert ((back - x).abs() <= bound + 1e-5).all()
+
+
+def test_an_extent_that_rounds_to_zero():
+    """Scales below the smallest number of the dtype are a constant channel, never a NaN."""
+    x = torch.tensor([[1e-9], [2e-9], [3e-9]])
+    valid = torch.ones(3, 1, dtype=torch.bool)
+    codes, scale, _ = encode(x, valid, torch.tensor([4]), MinMax(), torch.float16)
+    assert not scale.any()
+    assert not codes.any()
+
+
+def test_numbers_outside_the_range_are_clamped():
+    x = torch.tensor([[-4.0], [-1.0], [1.0], [4.0]])
+    valid = torch.ones(4, 1, dtype=torch.bool)
+    codes, scale, offset = encode(x, valid, torch.tensor([2]), MinMax(0.25), torch.float32)
+    assert offset.item() == -1
+    assert scale.item() == pytest.approx(2 / 3)
+    assert codes.flatten().tolist() == [0, 0, 3, 3]
+
+
+def test_components_without_bits_keep_their_offset_only():
+    x, valid = group(30, 4, seed=2)
+    codes, scale, offset = encode(x, valid, torch.tensor([0, 1, 0, 4]), MinMax(), torch.float32)
+    assert not codes[:, [0, 2]].any()
+    assert not scale[0, [0, 2]].any()
+    assert codes[:, [1, 3]].any()
+    assert torch.equal(offset[0], x.amin(0))

@@ -3,12 +3,12 @@
 ``python -m benchmarks.kernels`` prints the table and writes a record under ``benchmarks/records``;
 ``--summary`` prints the ratios of the newest record.
 
-Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of which
-reads another set of pages until more than 200 MB have been read, so that L2 is cold.  Decode time is
-everything from the query to the written output (split, merge, and for calibration the pass for the
-extremes) over visual tokens only, in full pages of 224 tokens; FlashAttention reads the same number
-of tokens from a paged bf16 or fp8 cache with block size 16.  The tables of a step are made once for
-all layers and are timed on their own.
+Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of
+which reads another set of pages until more than 200 MB have been read, so that L2 is cold.  Decode
+time is everything from the query to the written output (split, merge, and for calibration the pass
+for the extremes) over visual tokens only, in full pages of 224 tokens; FlashAttention reads the
+same number of tokens from a paged bf16 or fp8 cache with block size 16.  The tables of a step are
+made once for all layers and are timed on their own.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class Decode:
         self.out = torch.empty_like(self.queries[0])
 
     def launches(self, calibration: tuple[float, float] | None, kernel: str) -> list[Callable]:
+        """One call for each set of pages."""
         def one(tables: Any, query: torch.Tensor) -> Callable[[], None]:
             return lambda: decode_attention(
                 tables, self.scratch, self.fmt, query, self.cache, self.out, scale=self.scale,
@@ -185,8 +186,8 @@ def time_flash(hq: int, hkv: int, tokens: int, batch: int, d: int = 128, *, fp8:
 
     def one_set(table: torch.Tensor) -> Callable[[], None]:
         return lambda: flash_attn_varlen_func(
-            query, key, value, 1, starts, tokens, seqused_k=lens, softmax_scale=d**-0.5, causal=True,
-            block_table=table, out=out, scheduler_metadata=meta, fa_version=3, **extra,
+            query, key, value, 1, starts, tokens, seqused_k=lens, softmax_scale=d**-0.5,
+            causal=True, block_table=table, out=out, scheduler_metadata=meta, fa_version=3, **extra,
         )  # fmt: skip
 
     return time_us([one_set(order[s]) for s in range(sets)])
@@ -208,8 +209,8 @@ def time_store(hkv: int, tokens: int = 8192, d: int = 128, bits: int = 1) -> flo
         mapping = (ids[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).flatten()
         tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=tokens,
                                  slots=page.slots, num_kv_heads=hkv, device="cuda")  # fmt: skip
-        build_tables(tables, torch.zeros(1, 1, dtype=torch.int32, device="cuda"), one, starts, mapping,
-                     num_decodes=1)  # fmt: skip
+        row = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+        build_tables(tables, row, one, starts, mapping, num_decodes=1)  # fmt: skip
         key, value = torch.randn(2, tokens, hkv, d, device="cuda", dtype=page.dtype)
 
         def launch(t: Any = tables, k: Any = key, v: Any = value, m: Any = mapping) -> None:
@@ -297,7 +298,9 @@ def print_summary(record: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--summary", action="store_true", help="print the newest record's ratios")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """Attention over cached visual pages in plain Triton: every format, decode and prefill.
 
 One kernel serves decode (rows are the query heads of one KV head, work is split over items of runs)
-and prefill (rows are pairs of query token and head, each program reads all runs of its request).  It
-needs neither Gluon nor Hopper.  The decode fast path is in :mod:`csrc_triton.decode_gluon`.
+and prefill (rows are pairs of query token and head, each program reads all runs of its request).
+It needs neither Gluon nor Hopper.  The decode fast path is in :mod:`csrc_triton.decode_gluon`.
 
 For a run of sub-slots of one page, with the page's scale and offset (method.md, post-scaling)::
 
@@ -11,9 +11,10 @@ For a run of sub-slots of one page, with the page's scale and offset (method.md,
 
 so codes are unpacked in registers as small integers, and no dequantised key or value ever exists.
 
-Calibration needs the smallest and largest score a, m of each row over the whole request first.  With
-them it is one multiply-add a score, ``x' = x * slope + (a - tau_min - a * slope)``.  The slope is held
-at 0 or more: a range smaller than the shift would otherwise reverse the order of the tokens.
+Calibration needs the smallest and largest score a, m of each row over the whole request first.
+With them it is one multiply-add a score, ``x' = x * slope + (a - tau_min - a * slope)``.  The
+slope is held at 0 or more: a range smaller than the shift would otherwise reverse the order of the
+tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ATTEND = 0
 EXTREMES = 1
 """Mode: smallest and largest score of each row."""
 CALIBRATE = 2
-"""Mode: softmax over the calibrated scores; decode reads the extremes, prefill finds them itself."""
+"""Mode: softmax over the calibrated scores; decode reads the extremes, prefill finds them."""
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _whole_codes(
     p_words, start, token_end, D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
     FULL: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_codes` for 64 or 128 channels of equal width: one load a word instead of one a code."""
+    """:func:`_codes` for 64 or 128 channels of equal width: a load for a word, not for a code."""
     BLOCKS: tl.constexpr = D // 8
     UNITS: tl.constexpr = 16 // BLOCKS  # (token group, bit) pairs in a word
     group = start // 8 + tl.arange(0, BT // 8)
@@ -109,8 +110,8 @@ def _codes(
 @triton.jit
 def _scores(
     q, p_page, p_plane, start, token_end, o_d, scale, offset,
-    D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
-    DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
+    FULL: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[rows, tokens]`` of q ``[rows, BD]`` (1/sqrt(D) included) against a page's keys."""
     codes = _codes(

@@ -1,4 +1,4 @@
-"""Decode attention over visual pages: split over items, exact calibration, merge with the text part."""
+"""Decode attention over visual pages: split over items, calibration, merge with the text part."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DecodeScratch:
 
 
 def allocate_scratch(tables: StepTables, num_heads: int, head_size: int) -> DecodeScratch:
-    """Allocate the buffers of :func:`decode_attention` for ``num_heads`` query heads of this rank."""
+    """Allocate the buffers of :func:`decode_attention`; ``num_heads`` query heads of this rank."""
     shape = (tables.max_items, num_heads)
     device = tables.plan.device
     return DecodeScratch(
@@ -113,7 +113,9 @@ def decode_attention(
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
     if num_heads % num_kv_heads or group > 16:
-        raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads: at most 16 a KV head")
+        raise ValueError(
+            f"{num_heads} query heads over {num_kv_heads} KV heads: at most 16 a KV head"
+        )
     if num_requests == 0:
         return
     use_gluon = kernel != "triton" and gluon_serves(fmt, group, query.device)
@@ -174,8 +176,8 @@ def _split_gluon(
             tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
             scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
-            BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2, MODE=mode,
-            PDL=pdl, num_warps=1, maxnreg=max_registers(mode, group),
+            BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2,
+            MODE=mode, PDL=pdl, num_warps=1, maxnreg=max_registers(mode, group),
             **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
         )  # fmt: skip
 
@@ -205,7 +207,8 @@ def _split_triton(
             D=d, BD=bd, GROUP=num_heads // kv_cache.shape[1], BM=16, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
-            KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
+            KEY_FULL=page.tile_slots(page.key_planes),
+            VALUE_FULL=page.tile_slots(page.value_planes),
             RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE,
             WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
             num_stages=pipeline_stages(fmt),

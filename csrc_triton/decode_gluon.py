@@ -1,21 +1,22 @@
 """Decode attention over visual pages in Gluon: codes become mma operands without leaving registers.
 
-A program is one warp: it owns an item (some runs of one request) and one KV head.  In a page each lane
-owns whole 32-bit words whose order is that of the A operand of ``mma.m16n8k16`` (format.py).  With the
-queries of the KV head as N = 8 (or 16) columns,
+A program is one warp: it owns an item (some runs of one request) and one KV head.  In a page each
+lane owns whole 32-bit words whose order is that of the A operand of ``mma.m16n8k16`` (format.py).
+With the queries of the KV head as N = 8 (or 16) columns,
 
 * scores: A = K codes, rows are the 16 tokens of a sub-slot, columns are channels; B = q * s_K;
 * output: A = V codes, rows are channels, columns are tokens; B = P.
 
 ``word & (0x00010001 << i)`` is an A register: two bfloat16 numbers that are 0 or the power of two
-``2**EXPONENT[i]`` whose encoding is bit i alone (bit 15 is the sign, so it is moved to bit 14).  One
-LOP3 unpacks two codes.  The power depends on the channel block only, so it folds into q * s_K for the
-scores and into s_V for the output.  Exponents reach 2**-133, hence the common factors ``2**-SCORE_EXP``
-on scores and ``2**P_EXP`` on P that keep every product a normal number; nothing on the way flushes
-subnormals to zero.
+``2**EXPONENT[i]`` whose encoding is bit i alone (bit 15 is the sign, so it is moved to bit 14).
+One LOP3 unpacks two codes.  The power depends on the channel block only, so it folds into q * s_K
+for the scores and into s_V for the output.  Exponents reach 2**-133, hence the common factors
+``2**-SCORE_EXP`` on scores and ``2**P_EXP`` on P that keep every product a normal number; nothing
+on the way flushes subnormals to zero.
 
-The softmax probabilities leave the scores' accumulator as (token, query) and enter the second product
-as (query, token): ``movmatrix`` transposes an 8 x 8 block of 16-bit numbers inside the warp.
+The softmax probabilities leave the scores' accumulator as (token, query) and enter the second
+product as (query, token): ``movmatrix`` transposes an 8 x 8 block of 16-bit numbers inside the
+warp.
 
 The bias q . lo_K of a page is the accumulator that its score products start from: a product with
 rows all equal to lo_K, so every row of the result is the bias.
@@ -107,7 +108,7 @@ def _transpose_8x8(x):
 
 @gluon.jit
 def _multiply(x, y):
-    """x * y of bfloat16 pairs, without flushing subnormals (a fused add of -0 exists on sm_80)."""
+    """Product of bfloat16 pairs without flushing subnormals (fused add of -0, for sm_80)."""
     return gl.inline_asm_elementwise(
         "{ .reg .b32 z; mov.b32 z, 0x80008000U; fma.rn.bf16x2 $0, $1, $2, z; }", "=r,r,r", [x, y],
         dtype=gl.bfloat16, is_pure=True, pack=2,
@@ -205,8 +206,8 @@ def _group_scores(
 ):  # fmt: skip
     """Scores [16 COUNT, N] of sub-slots from ``slot`` on; -inf outside first_slot .. end_slot.
 
-    Sub-slots are independent chains of products, which Triton issues in turn.  Wider codes go from the
-    highest bit down: what is there is doubled before the next bit is added.
+    Sub-slots are independent chains of products, which Triton issues in turn.  Wider codes go from
+    the highest bit down: what is there is doubled before the next bit is added.
     """
     TOKENS: gl.constexpr = 16 * COUNT
     o_s = slot + gl.arange(0, TOKENS, gl.SliceLayout(1, MMA)) // 16
@@ -379,7 +380,9 @@ def _decode_kernel(
             gdc_wait()  # for the extremes
         for i_other in range(gl.load(p_item_start + req), gl.load(p_item_start + req + 1)):
             low = gl.minimum(low, gl.load(p_low + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))
-            high = gl.maximum(high, gl.load(p_high + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0))
+            high = gl.maximum(
+                high, gl.load(p_high + i_other * NUM_HEADS + o_h, mask=m_c, other=0.0)
+            )
         width = high - low
         some = width > 0
         slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)

@@ -1,7 +1,7 @@
 """Merge partial attention results by log-sum-exp in float32, and write the final output.
 
-``out = sum_i w_i out_i / sum_i w_i`` with ``w_i = exp(lse_i - max lse)``.  One kernel merges the splits
-of a decode step with the text part; another merges up to three parts of a prefill step.
+``out = sum_i w_i out_i / sum_i w_i`` with ``w_i = exp(lse_i - max lse)``.  One kernel merges the
+splits of a decode step with the text part; another merges up to three parts of a prefill step.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def _merge_parts_kernel(
     a = tl.load(p_a + i_row * stride_at + i_head * stride_ah + o_d, mask=m_d, other=0)
     b = tl.load(p_b + i_row * stride_bt + i_head * stride_bh + o_d, mask=m_d, other=0)
     # A part without keys may hold anything, NaN included.
-    acc = tl.where(w_a > 0, a.to(tl.float32) * w_a, 0.0) + tl.where(w_b > 0, b.to(tl.float32) * w_b, 0.0)
+    acc = tl.where(w_a > 0, a.to(tl.float32) * w_a, 0.0) + tl.where(
+        w_b > 0, b.to(tl.float32) * w_b, 0.0
+    )
     if PARTS == 3:
         c = tl.load(p_c + i_row * stride_ct + i_head * stride_ch + o_d, mask=m_d, other=0)
         acc += tl.where(w_c > 0, c.to(tl.float32) * w_c, 0.0)

@@ -3,19 +3,21 @@
 A row of the block table mixes text blocks (the id is the page) and visual blocks (page and
 sub-slot).  For each request the kernel writes
 
-* the compact *text block table*, which stock FlashAttention reads, with two lengths: all text tokens
+* the compact *text block table*, which stock FlashAttention reads, with two lengths: all text
+tokens
   up to ``seq_len`` (decode: the new token's K and V are in the cache already) and the text tokens
   before this step (prefill: the step's own tokens are attended from the raw K and V);
-* the *visual runs* before this step: consecutive sub-slots of one page, as two numbers, the tagged id
+* the *visual runs* before this step: consecutive sub-slots of one page, as two numbers, the tagged
+id
   of the first sub-slot and the index of the last sub-slot.
 
 For the store it lists this step's visual pages, the number of tokens that each gets, and the row of
 the step's K and V of every one of them.  The program that finishes last cuts the visual runs of the
-decode requests into *items* of about equal numbers of runs, about as many as the GPU runs at once: an item
-is the unit of work of the split decode kernel.
+decode requests into *items* of about equal numbers of runs, about as many as the GPU runs at once:
+an item is the unit of work of the split decode kernel.
 
-Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the block
-table past a request's length hold stale ids; nothing past ``seq_lens`` is looked at.
+Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the
+block table past a request's length hold stale ids; nothing past ``seq_lens`` is looked at.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
 ITEMS_PER_SM = 24
-"""(item, KV head) pairs for each multiprocessor: a few times what runs at once evens out the end."""
+"""(item, KV head) pairs for each multiprocessor: more than run at once, to even out the end."""
 
 
 @dataclass
@@ -49,17 +51,18 @@ class StepTables:
     context_text_lens : torch.Tensor
         int32 ``[max_num_reqs]``: text tokens before this step.
     runs : torch.Tensor
-        int32 ``[max_num_reqs, max_num_blocks, 2]``: tagged id of a run's first sub-slot, index of its
-        last sub-slot.
+        int32 ``[max_num_reqs, max_num_blocks, 2]``: tagged id of a run's first sub-slot, index of
+        its last sub-slot.
     num_runs, visual_lens : torch.Tensor
         int32 ``[max_num_reqs]``: runs of the request and the visual tokens in them.
     item_req, item_run, item_end : torch.Tensor
         int32 ``[max_items]``: request of an item, its first run, and the run after its last.
     item_start : torch.Tensor
-        int32 ``[max_num_reqs + 1]``: items of request r are ``item_start[r] .. item_start[r + 1] - 1``.
+        int32 ``[max_num_reqs + 1]``: items of request r are ``item_start[r] .. item_start[r + 1] -
+        1``.
     plan : torch.Tensor
-        int32 ``[4]``: number of items, most runs of an item, number of this step's visual pages, and the
-        ticket counter that finds the program that ends last (0 between steps).
+        int32 ``[4]``: number of items, most runs of an item, number of this step's visual pages,
+        and the ticket counter that finds the program that ends last (0 between steps).
     page_ids, page_tokens : torch.Tensor
         int32 ``[max_pages]``: page and number of tokens of each visual page written in this step.
     page_rows : torch.Tensor
@@ -126,7 +129,8 @@ def allocate_tables(
     num_sms
         Multiprocessors of the device; read from it when it is a CUDA device.
     items_per_sm
-        (item, KV head) pairs that the plan aims at for each multiprocessor; ``ITEMS_PER_SM`` if None.
+        (item, KV head) pairs that the plan aims at for each multiprocessor; ``ITEMS_PER_SM`` if
+        None.
     """
     if num_sms is None:
         cuda = torch.device(device).type == "cuda"
@@ -163,13 +167,35 @@ def _last_valid(a, b):
 
 @triton.jit
 def _tables_kernel(
-    p_block_table, stride_table, p_seq_lens, p_query_start, p_slot_mapping, num_tokens,
-    p_text_table, stride_text, p_text_lens, p_context_lens,
-    p_runs, stride_runs, p_num_runs, p_visual_lens,
-    p_item_req, p_item_run, p_item_end, p_item_start, p_plan,
-    p_page_ids, p_page_tokens, p_page_rows,
-    num_reqs, num_decodes, target_items, max_items,
-    PAGE_TOKENS: tl.constexpr, BC: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    p_block_table,
+    stride_table,
+    p_seq_lens,
+    p_query_start,
+    p_slot_mapping,
+    num_tokens,
+    p_text_table,
+    stride_text,
+    p_text_lens,
+    p_context_lens,
+    p_runs,
+    stride_runs,
+    p_num_runs,
+    p_visual_lens,
+    p_item_req,
+    p_item_run,
+    p_item_end,
+    p_item_start,
+    p_plan,
+    p_page_ids,
+    p_page_tokens,
+    p_page_rows,
+    num_reqs,
+    num_decodes,
+    target_items,
+    max_items,
+    PAGE_TOKENS: tl.constexpr,
+    BC: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
 ):
     i_req = tl.program_id(0)
     o_c = tl.arange(0, BC)
@@ -233,10 +259,14 @@ def _tables_kernel(
             page = num_pages + tl.cumsum(starts.to(tl.int32), 0) - 1
             tl.store(p_page_rows + page.to(tl.int64) * PAGE_TOKENS + position, o_t, mask=visual)
             tl.store(p_page_ids + page, block & _PAGE_MASK, mask=starts)
-            left_slot = tl.load(p_slot_mapping + o_t - 1, mask=m_t & (o_t > 0), other=-1).to(tl.int32)
+            left_slot = tl.load(p_slot_mapping + o_t - 1, mask=m_t & (o_t > 0), other=-1).to(
+                tl.int32
+            )
             left = tl.where((left_slot >= 0) & ((left_slot >> 4) > _PAGE_MASK), o_t - 1, -1)
             prev = tl.maximum(tl.associative_scan(left, 0, _last_valid), last_seen)
-            prev_slot = tl.load(p_slot_mapping + prev, mask=starts & (prev >= 0), other=0).to(tl.int32)
+            prev_slot = tl.load(p_slot_mapping + prev, mask=starts & (prev >= 0), other=0).to(
+                tl.int32
+            )
             prev_tokens = ((prev_slot >> (_TAG + 4)) - 1) * 16 + (prev_slot & 15) + 1
             tl.store(p_page_tokens + page - 1, prev_tokens, mask=starts & (page > 0))
             num_pages += tl.sum(starts.to(tl.int32), 0)
@@ -253,7 +283,9 @@ def _tables_kernel(
         total = 0
         for start in range(0, num_decodes, BC):
             o_r = start + o_c
-            total += tl.sum(tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0)
+            total += tl.sum(
+                tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0
+            )
         per_item = tl.maximum((total + target_items - 1) // target_items, 1)
         num_items = 0
         for start in range(0, num_reqs + 1, BC):
@@ -302,8 +334,8 @@ def build_tables(
     tables
         Buffers of :func:`allocate_tables`; written in place.
     block_table
-        int32 ``[num_reqs, max_num_blocks]`` of tagged block ids; what lies past a request's length is
-        ignored.
+        int32 ``[num_reqs, max_num_blocks]`` of tagged block ids; what lies past a request's length
+        is ignored.
     seq_lens
         int32 ``[num_reqs]``: tokens of each request, this step's included.  0 for a padding row.
     query_start_loc

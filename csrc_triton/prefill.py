@@ -27,8 +27,8 @@ def prefill_attention(
 ) -> None:
     """Attention of many query tokens over the visual pages of their requests' contexts.
 
-    Every query sees every visual token of its request's context (they all precede it), so there is no
-    mask.  The result is one part of the softmax: merge it with :func:`csrc_triton.merge_parts`.
+    Every query sees every visual token of its request's context (they all precede it), so there is
+    no mask.  The result is one part of the softmax: merge it with :func:`csrc_triton.merge_parts`.
 
     Parameters
     ----------
@@ -78,5 +78,6 @@ def prefill_attention(
         KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
         RANGE_OFFSET=page.range_offset // 2, MODE=ATTEND if calibration is None else CALIBRATE,
         DECODE=False, DOT=DOT_DTYPE,
-            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4, num_stages=pipeline_stages(fmt),
+            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
+            num_stages=pipeline_stages(fmt),
     )  # fmt: skip

@@ -3,9 +3,9 @@
 Two kinds of program share the launch.  A *text* program copies ``BR`` rows of one KV head to their
 slots and scrubs: when the first slot of a text block is written, the rest of the block is zeroed
 except the slots that this step writes itself, because the page may hold old codes that read as NaN.
-A *visual* program packs K or V of one (visual page, KV head): ranges per channel over the tokens that
-the step writes to that page, rounded to the model's dtype as they are stored; then codes against the
-rounded ranges; then 32-bit words in the order of :mod:`vllm_calibquant.format`.
+A *visual* program packs K or V of one (visual page, KV head): ranges per channel over the tokens
+that the step writes to that page, rounded to the model's dtype as they are stored; then codes
+against the rounded ranges; then 32-bit words in the order of :mod:`vllm_calibquant.format`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,22 @@ _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 
 @triton.jit
 def _store_text(
-    i_tile, i_head, p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
-    p_cache, stride_page, stride_head, p_slot_mapping, num_tokens,
-    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    i_tile,
+    i_head,
+    p_key,
+    p_value,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    p_cache,
+    stride_page,
+    stride_head,
+    p_slot_mapping,
+    num_tokens,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
 ):
     o_r = i_tile * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)
@@ -34,8 +47,12 @@ def _store_text(
     slot = tl.load(p_slot_mapping + o_r, mask=o_r < num_tokens, other=-1).to(tl.int32)
     m_r = (slot >= 0) & ((slot >> 4) <= _PAGE_MASK)
     m = m_r[:, None] & m_d[None, :]
-    k = tl.load(p_key + o_r.to(tl.int64)[:, None] * stride_kt + i_head * stride_kh + o_d[None, :], mask=m)
-    v = tl.load(p_value + o_r.to(tl.int64)[:, None] * stride_vt + i_head * stride_vh + o_d[None, :], mask=m)
+    k = tl.load(
+        p_key + o_r.to(tl.int64)[:, None] * stride_kt + i_head * stride_kh + o_d[None, :], mask=m
+    )
+    v = tl.load(
+        p_value + o_r.to(tl.int64)[:, None] * stride_vt + i_head * stride_vh + o_d[None, :], mask=m
+    )
     p_block = p_cache + (slot >> 4).to(tl.int64) * stride_page + i_head * stride_head
     p_row = p_block + (slot & 15) * (2 * D)
     tl.store(p_row[:, None] + o_d[None, :], k, mask=m)
@@ -45,7 +62,9 @@ def _store_text(
         zero = tl.zeros([BR, BD], p_cache.dtype.element_ty)
         for j in range(1, 16):
             ahead = o_r + j
-            other = tl.load(p_slot_mapping + ahead, mask=first & (ahead < num_tokens), other=-1).to(tl.int32)
+            other = tl.load(p_slot_mapping + ahead, mask=first & (ahead < num_tokens), other=-1).to(
+                tl.int32
+            )
             m_z = (first & (other != slot + j))[:, None] & m_d[None, :]
             tl.store(p_row[:, None] + j * (2 * D) + o_d[None, :], zero, mask=m_z)
             tl.store(p_row[:, None] + j * (2 * D) + D + o_d[None, :], zero, mask=m_z)
@@ -95,12 +114,29 @@ def _quantiles(x, m_t, n, alpha):
 
 @triton.jit
 def _store_visual(
-    i_page, i_head, p_x, stride_xt, stride_xh,
-    p_words, p_ranges, p_source, p_clip, p_levels, alpha,
-    p_page_tokens, p_page_rows,
-    D: tl.constexpr, BD: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
-    FULL: tl.constexpr, TRANSPOSED: tl.constexpr, QUANTILE: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    i_page,
+    i_head,
+    p_x,
+    stride_xt,
+    stride_xh,
+    p_words,
+    p_ranges,
+    p_source,
+    p_clip,
+    p_levels,
+    alpha,
+    p_page_tokens,
+    p_page_rows,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PLANES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FULL: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    QUANTILE: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
 ):
     n = tl.load(p_page_tokens + i_page)
     p_rows = p_page_rows + i_page * (SLOTS * 16)
@@ -126,7 +162,9 @@ def _store_visual(
             m_t = start + o_t < n
             row = tl.load(p_rows + start + o_t, mask=m_t, other=0).to(tl.int64)
             m = m_t[:, None] & m_c[None, :]
-            x = tl.load(p_x + row[:, None] * stride_xt + o_c[None, :], mask=m, other=0).to(tl.float32)
+            x = tl.load(p_x + row[:, None] * stride_xt + o_c[None, :], mask=m, other=0).to(
+                tl.float32
+            )
             low = tl.minimum(low, tl.min(tl.where(m_t[:, None], x, float("inf")), 0))
             high = tl.maximum(high, tl.max(tl.where(m_t[:, None], x, float("-inf")), 0))
             mean += tl.sum(x, 0)
@@ -310,7 +348,8 @@ def _store_kernel(
                     _store_visual(
                         i_page, i_head, p_key, stride_kt, stride_kh,
                         p_words + base // 2, p_cache + base + RANGE_OFFSET,
-                        p_key_source, p_key_clip, p_key_levels, key_alpha, p_page_tokens, p_page_rows,
+                        p_key_source, p_key_clip, p_key_levels, key_alpha,
+                        p_page_tokens, p_page_rows,
                         D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
                     )  # fmt: skip
             elif WHOLE_BITS > 0:
@@ -349,22 +388,23 @@ def store(
         Page format with clip factors.
     key, value
         ``[num_tokens, num_kv_heads, D]`` in the cache's dtype, last dimension contiguous; K after
-        RoPE.  With a static basis (method.md, last section) pass the transformed tensors: ranges and
-        codes are per component of whatever is given, so text tokens then need a launch of their own.
+        RoPE.  With a static basis (method.md, last section) pass the transformed tensors: ranges
+        and codes are per component of whatever is given, so text tokens then need a launch of
+        their own.
     kv_cache
         ``[num_blocks, num_kv_heads, 16, 2 D]``, one contiguous run for each (page, head).
     slot_mapping
         int64 ``[num_tokens]``, as given to :func:`csrc_triton.build_tables`; negative is padding.
     quantile
-        None for ranges from the extremes; otherwise the share (0 .. 0.5) of a channel's values beyond
-        the range at either end, with linear interpolation as ``torch.quantile`` does.
+        None for ranges from the extremes; otherwise the share (0 .. 0.5) of a channel's values
+        beyond the range at either end, with linear interpolation as ``torch.quantile`` does.
 
     Raises
     ------
     ValueError
         For a dtype other than the cache's, a strided last dimension, or a split (page, head).
     """
-    num_tokens, num_heads, d = key.shape
+    num_tokens, num_heads = key.shape[:2]
     page = fmt.page
     if key.dtype != kv_cache.dtype or value.dtype != kv_cache.dtype or page.dtype != kv_cache.dtype:
         raise ValueError(f"K is {key.dtype}, V {value.dtype}, the cache {kv_cache.dtype}")
@@ -479,7 +519,11 @@ def naive_store(
                 key[rows, head], page_format.key_bits, fmt.key_clips, page_format.dtype, quantile
             )
             v, vs, vo = quantise(
-                value[rows, head], page_format.value_bits, fmt.value_clips, page_format.dtype, quantile
+                value[rows, head],
+                page_format.value_bits,
+                fmt.value_clips,
+                page_format.dtype,
+                quantile,
             )
             packed = page_format.pack(k, v, torch.stack([ks, ko, vs, vo]))
             used = page_format.range_offset

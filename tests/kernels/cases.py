@@ -100,7 +100,10 @@ class Pool:
     def tokens(self, ids: list[int], length: int, *, visual: bool) -> tuple[torch.Tensor, ...]:
         """K and V ``[n, Hkv, D]`` of the text or of the visual blocks among ``ids``."""
         d = self.fmt.page.head_size
-        keys, values = [torch.empty(0, self.num_kv_heads, d)], [torch.empty(0, self.num_kv_heads, d)]
+        keys, values = (
+            [torch.empty(0, self.num_kv_heads, d)],
+            [torch.empty(0, self.num_kv_heads, d)],
+        )
         for i, block in enumerate(ids):
             n = min(length - i * BLOCK, BLOCK)
             if n <= 0 or (slot_of(block) >= 0) != visual:

@@ -1,4 +1,4 @@
-"""The interpreter must be chosen before Triton is imported, so its tests run in a process of their own.
+"""The interpreter must be chosen before Triton is imported: its tests run in their own process.
 
 ``test_interpreter.py`` starts that process; without the variable the folder is not collected.
 """

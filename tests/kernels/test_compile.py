@@ -1,4 +1,4 @@
-"""Every kernel compiled ahead for sm_80 and sm_90, which needs no GPU; registers and spills checked."""
+"""Every kernel compiled ahead for sm_80 and sm_90, which needs no GPU; the code is counted."""
 
 import os
 import re
@@ -22,7 +22,8 @@ TARGETS = [80, 90]
 POINTERS = {
     "p_q": "bf16", "p_cache": "bf16", "p_key": "bf16", "p_value": "bf16", "p_text": "bf16",
     "p_a": "bf16", "p_b": "bf16", "p_c": "bf16", "p_out": "fp32", "p_lse": "fp32", "p_low": "fp32",
-    "p_high": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32", "p_a_lse": "fp32",
+    "p_high": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32",
+    "p_a_lse": "fp32",
     "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
 }  # fmt: skip
@@ -130,7 +131,8 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     fmt = make_format(head_size, bits)
     slots, wide = fmt.page.slots, group > 8
     constants = {
-        "NUM_HEADS": 4 * group, "GROUP": group, "N": 16 if wide else 8, "D": head_size, "BITS": bits,
+        "NUM_HEADS": 4 * group, "GROUP": group, "N": 16 if wide else 8, "D": head_size,
+        "BITS": bits,
         "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2, "MODE": mode,
         "PDL": capability >= 90,
     }  # fmt: skip
@@ -144,7 +146,8 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     steps = head_size // 16
     parts = 1 if mode == attention.EXTREMES else 2
     assert products == (2 if wide else 1) * steps * (1 + parts * slots * bits)
-    # An A register holds two codes and takes one LOP3: four for a product of 16 tokens x 16 channels.
+    # An A register holds two codes and takes one LOP3: four for a product of 16 tokens x 16
+    # channels.
     assert len(re.findall(r"\bLOP3\b", sass)) < 4 * steps * parts * slots * bits + 100
     if not wide:
         assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spill to local memory"

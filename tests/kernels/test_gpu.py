@@ -79,7 +79,7 @@ def test_store_quantile(quantile):
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize(("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)])
 def test_prefill_later_chunks(head_size, bits, group, calibration):
-    test_prefill.test_later_chunks(head_size, bits, group, calibration, device="cuda")
+    test_prefill.run_chunks(head_size, bits, group, calibration, device="cuda")
 
 
 def test_graph_replays_follow_the_tables():

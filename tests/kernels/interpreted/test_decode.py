@@ -7,7 +7,13 @@ from csrc_triton import allocate_scratch, allocate_tables, build_tables, decode_
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
-    BLOCK, Pool, make_format, make_format_on, make_request, relative_error, stale_table,
+    BLOCK,
+    Pool,
+    make_format,
+    make_format_on,
+    make_request,
+    relative_error,
+    stale_table,
 )
 
 PLANS = [
@@ -18,8 +24,8 @@ PLANS = [
 ]
 
 
-def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3, kernel="triton",
-        device="cpu", spread=1.0):  # fmt: skip
+def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3,
+        kernel="triton", device="cpu", spread=1.0):  # fmt: skip
     limit = fmt.page.slots
     plans = [
         [p if isinstance(p, int) else (min(p[0], limit), min(p[1], limit - 1),
@@ -65,7 +71,8 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     if with_text:
         text = (torch.cat(text_out).to(fmt.page.dtype).to(device),
                 torch.cat(text_lse, 1).float().to(device))  # fmt: skip
-    decode_attention(tables, scratch, make_format_on(fmt, device), query.to(device), pool.cache.to(device), out, scale=scale,
+    decode_attention(tables, scratch, make_format_on(fmt, device), query.to(device),
+                     pool.cache.to(device), out, scale=scale,
                      calibration=calibration, text=text, lse=lse, kernel=kernel)  # fmt: skip
     want, want_lse = torch.cat(want), torch.cat(want_lse, 1)
     assert relative_error(out, want) < 1e-2
@@ -116,14 +123,16 @@ def test_refuses_wide_groups():
 
 
 def run_graph(fmt, *, group, heads):
-    """Capture with dummy tables (no tag anywhere), replay with real ones: equal to an eager call."""
+    """Capture with dummy tables (no tag anywhere), replay with real ones: equal to eager."""
     device = "cuda"
     pool = Pool(fmt, heads, 24)
     plans = [[1, (14, 0, 14), (14, 3, 11), 1], [1, (9, 0, 9), 1, (14, 0, 14), 1], [3]]
     requests = [make_request(pool, plan) for plan in plans]
     table = stale_table(requests, 48).to(device)
     d, hq, b = fmt.page.head_size, heads * group, len(plans)
-    real_lens = torch.tensor([len(r) * BLOCK - 3 for r in requests], dtype=torch.int32, device=device)
+    real_lens = torch.tensor(
+        [len(r) * BLOCK - 3 for r in requests], dtype=torch.int32, device=device
+    )
     tables = allocate_tables(max_num_reqs=b, max_num_blocks=48, max_num_tokens=64,
                              slots=fmt.page.slots, num_kv_heads=heads, device=device)  # fmt: skip
     scratch = allocate_scratch(tables, hq, d)

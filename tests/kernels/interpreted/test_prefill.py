@@ -7,15 +7,23 @@ from csrc_triton import allocate_tables, build_tables, merge_parts, prefill_atte
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
-    BLOCK, Pool, make_format, make_format_on, make_request, relative_error, stale_table,
+    BLOCK,
+    Pool,
+    make_format,
+    make_format_on,
+    make_request,
+    relative_error,
+    stale_table,
 )
 
 
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
-@pytest.mark.parametrize(
-    ("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)]
-)
-def test_later_chunks(head_size, bits, group, calibration, device="cpu"):
+@pytest.mark.parametrize(("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)])
+def test_later_chunks(head_size, bits, group, calibration):
+    run_chunks(head_size, bits, group, calibration)
+
+
+def run_chunks(head_size, bits, group, calibration, device="cpu"):
     fmt = make_format(head_size, bits)
     slots = fmt.page.slots
     pool = Pool(fmt, 1, 16)
@@ -31,7 +39,9 @@ def test_later_chunks(head_size, bits, group, calibration, device="cpu"):
                  starts.to(device), torch.full((43,), -1, dtype=torch.int64, device=device),
                  num_decodes=1)  # fmt: skip
     query = (2 * torch.randn(43, group, head_size, generator=pool.generator)).to(fmt.page.dtype)
-    out = torch.full(query.shape, float("nan"), device=device)  # float32: the interpreter truncates to bfloat16
+    out = torch.full(
+        query.shape, float("nan"), device=device
+    )  # float32: the interpreter truncates to bfloat16
     lse = torch.full((group, 43), float("nan"), device=device)
     prefill_attention(tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
                       starts.to(device), out, lse, first_request=1,
@@ -43,7 +53,10 @@ def test_later_chunks(head_size, bits, group, calibration, device="cpu"):
         rows = slice(int(starts[r]), int(starts[r + 1]))
         context = lens[r] - query_lens[r]
         want, want_lse = naive_visual_attention(
-            query[rows], *pool.tokens(requests[r], context, visual=True), head_size**-0.5, calibration
+            query[rows],
+            *pool.tokens(requests[r], context, visual=True),
+            head_size**-0.5,
+            calibration,
         )
         if r == 2:
             assert (out[rows] == 0).all() and lse[:, rows].isneginf().all()

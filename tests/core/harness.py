@@ -331,17 +331,15 @@ def cache_manager(
     num_blocks: int,
     *,
     enable_caching: bool = True,
-    max_model_len: int = 65536,
-    watermark: float = 0.0,
 ) -> KVCacheManager:
     """VLLM's KV cache manager for one group of layers."""
     return KVCacheManager(
         kv_cache_config=cache_config(spec, num_blocks),
-        max_model_len=max_model_len,
+        max_model_len=65536,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         enable_caching=enable_caching,
-        watermark=watermark,
+        enable_kv_cache_events=enable_caching,
     )
 
 

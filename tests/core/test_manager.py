@@ -7,6 +7,8 @@ tokens, in a model of what the worker writes.  In the modes ``text`` and ``ample
 vLLM's own, gets the same calls.
 """
 
+from collections import Counter
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import (
@@ -16,7 +18,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 from vllm.v1.request import RequestStatus
 
 from tests.core.harness import (
@@ -97,6 +101,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.contents = Contents(self.slots)
         self.hashes = HashBook()
         self.tapes: dict[str, Tape] = {}
+        self.published: Counter[int | bytes] = Counter()
         self.manager.requests = {}
         self.past: list[list[Segment]] = [[Text.of(30, 0)]]
         self.count = 0
@@ -281,8 +286,24 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert bool(ids) == (request.num_computed_tokens > 0)
             self.contents.check_reads(tape, ids, request.num_computed_tokens)
         check_pool(self.manager, self.tapes, self.contents, self.hashes)
+        self.check_events()
         if self.mode == "text":
             self.check_same_pool()
+
+    def check_events(self) -> None:
+        """Who follows vLLM's KV events knows what the prefix cache holds, visual blocks too."""
+        for event in self.kv.take_events():
+            if isinstance(event, BlockStored):
+                self.published.update(event.block_hashes)
+            elif isinstance(event, BlockRemoved):
+                self.published.subtract(event.block_hashes)
+            else:
+                self.published.clear()
+        cached = Counter()
+        for key, entries in self.kv.block_pool.cached_block_hash_to_block._cache.items():
+            name = maybe_convert_block_hash(get_block_hash(key))
+            cached[name] = len(entries) if isinstance(entries, dict) else 1
+        assert +self.published == cached
 
     def check_same_pool(self) -> None:
         """Text alone leaves vLLM's own pool behind, down to the order of its free list."""

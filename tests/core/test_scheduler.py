@@ -194,7 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         base=st.integers(0, 99),
         keep=st.integers(0, 6),
         max_tokens=st.integers(1, 40),
-        resumable=st.sampled_from([False] * 5 + [True]),
+        resumable=st.sampled_from([False] * 3 + [True]),
     )
     def add(
         self, new: list[Segment], base: int, keep: int, max_tokens: int, resumable: bool
@@ -253,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [r for r in requests if r.resumable and None not in r.streaming_queue]
 
     @precondition(sessions)
-    @rule(index=st.integers(0, 99), new=st.lists(st.one_of(texts, media), max_size=2))
+    @rule(index=st.integers(0, 99), new=st.lists(st.one_of(texts, media, media), max_size=3))
     def next_input(self, index: int, new: list[Segment]) -> None:
         """The next input of a streaming session, or its end."""
         session = self.sessions()[index % len(self.sessions())]
@@ -269,6 +269,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             update = make_request(session.request_id, new, 5, resumable=bool(new))
             scheduler.add_request(update)
         self.seen.add("session")
+        if any(isinstance(s, Media) for s in new):
+            self.seen.add("session image")
         self.forget_finished()
         self.check()
 
@@ -442,6 +444,7 @@ def test_random_load():
         "hit",
         "preempted",
         "session",
+        "session image",
         "visual hit",
         "visual page",
     }

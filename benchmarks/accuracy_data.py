@@ -1,0 +1,156 @@
+"""Questions on images with known answers: of the tiny model, a file, or a name of ``datasets``."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+QUESTIONS = ("question", "query")
+ANSWERS = ("answers", "answer", "label")
+"""Columns, in order of preference; ChartQA has ``query`` and ``label``, DocVQA and TextVQA have
+``question`` and ``answers``."""
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+"""What LLaVA's authors append to questions of these data sets, so that exact match means much."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question on one image."""
+
+    task: str
+    question: str
+    answers: tuple[str, ...]
+    """Any of them is right."""
+    image: Image.Image
+    loose: bool = False
+    """Whether case, spaces and a full stop at the end do not count."""
+
+    def is_right(self, text: str) -> bool:
+        """Whether an answer is one of the true ones, exactly."""
+        return self._plain(text) in map(self._plain, self.answers)
+
+    def _plain(self, text: str) -> str:
+        if not self.loose:
+            return text.strip()
+        return " ".join(text.casefold().split()).removesuffix(".")
+
+    @cached_property
+    def image_hash(self) -> bytes:
+        """Equal for equal images."""
+        return sha256(self.image.tobytes()).digest()
+
+
+def tiny_rows(count: int, seed: int) -> list[Row]:
+    """Questions of the test split of ``tests/tinyvlm``, ``count`` of each task."""
+    from tests.tinyvlm.dataset import examples
+
+    rows = examples("test", seed, count)
+    return [Row(row.task, row.question, (row.answer,), row.image) for row in rows]
+
+
+def load_rows(source: str, count: int, suffix: str = SHORT_ANSWER) -> list[Row]:
+    """Rows of a JSONL file, or of anything that ``datasets`` loads.
+
+    Parameters
+    ----------
+    source
+        ``FILE.jsonl`` with ``image`` (a path relative to the file), ``question``, ``answer`` or
+        ``answers`` and, if there are several, ``task``; or ``NAME[:CONFIG[:SPLIT]]`` for
+        ``datasets``, where the name may be a directory and the split is ``validation`` if left
+        out: ``HuggingFaceM4/ChartQA::test``, ``lmms-lab/DocVQA:DocVQA``, ``lmms-lab/textvqa``.
+    count
+        Rows of each task at most.
+    suffix
+        Appended to every question.
+
+    Raises
+    ------
+    ValueError
+        If there is no row, or a row lacks a column.
+    """
+    if source.endswith(".jsonl"):
+        name, records = Path(source).stem, _jsonl(Path(source))
+    else:
+        name, records = _datasets(source)
+        records = islice(records, count)
+    taken: dict[str, int] = {}
+    rows = []
+    for record in records:
+        task = str(record.get("task", name))
+        taken[task] = taken.get(task, 0) + 1
+        if taken[task] <= count:
+            rows.append(_row(record, task, suffix))
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            yield {**record, "image": path.parent / record["image"]}
+
+
+def _datasets(source: str) -> tuple[str, Iterator[dict[str, Any]]]:
+    import datasets
+
+    name, config, split = [*source.split(":"), "", ""][:3]
+    # Streamed: a few hundred rows need no download of the whole set.
+    rows = datasets.load_dataset(name, config or None, split=split or "validation", streaming=True)
+    return Path(name).name, iter(rows)
+
+
+def _row(record: Mapping[str, Any], task: str, suffix: str) -> Row:
+    def column(names: tuple[str, ...]) -> Any:
+        for name in names:
+            if record.get(name) is not None:
+                return record[name]
+        raise ValueError(f"a row of {task} has no {' or '.join(names)}; it has {list(record)}")
+
+    answers = column(ANSWERS)
+    answers = (answers,) if isinstance(answers, str) else tuple(map(str, answers))
+    image = column(("image",))
+    if isinstance(image, Mapping):  # an encoded image of `datasets`
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return Row(task, f"{column(QUESTIONS)}{suffix}", answers, image.convert("RGB"), loose=True)
+
+
+def batches(rows: list[Row], size: int) -> list[list[int]]:
+    """Indices of rows in batches without two questions on one image.
+
+    A second question would find the image in the prefix cache where it has to be cold.
+    """
+    unfilled: list[dict[bytes, int]] = []
+    filled: list[dict[bytes, int]] = []
+    for i, row in enumerate(rows):
+        batch = next((b for b in unfilled if row.image_hash not in b), None)
+        if batch is None:
+            unfilled.append(batch := {})
+        batch[row.image_hash] = i
+        if len(batch) == size:
+            unfilled.remove(batch)
+            filled.append(batch)
+    return [list(batch.values()) for batch in filled + unfilled]
+
+
+def other_questions(rows: list[Row]) -> list[str]:
+    """For each row, another question of its task: what was asked about the image before."""
+    others = []
+    for i, row in enumerate(rows):
+        rest = rows[i + 1 :] + rows[:i]
+        same_task = (r.question for r in rest if r.task == row.task)
+        others.append(next((q for q in same_task if q != row.question), "What is this?"))
+    return others

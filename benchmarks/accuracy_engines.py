@@ -1,0 +1,247 @@
+"""Who is asked: a vLLM in this process, or a server with an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import json
+import os
+import uuid
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from PIL import Image
+
+from vllm_calibquant.config import SECTION, bits_of
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+FORCED = "forced_tokens"
+"""Key of a request's ``extra_args`` for :class:`benchmarks.accuracy_forcing.ForcedTokens`."""
+
+CANDIDATES = 20
+"""Most likely tokens that each side of a divergence lists; vLLM gives no more unless told to."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A KV cache dtype and our settings beside it, as ``calibquant1 calibration=false``."""
+
+    name: str
+    dtype: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """Parse a dtype and ``key=JSON`` pairs between spaces."""
+        dtype, *pairs = text.split()
+        options = {}
+        for pair in pairs:
+            key, _, value = pair.partition("=")
+            try:
+                options[key] = json.loads(value)
+            except json.JSONDecodeError:
+                options[key] = value  # a bare word, such as quantile
+        return cls(" ".join(text.split()), dtype, options)
+
+    @property
+    def bits(self) -> int:
+        """Bits per number of a visual token."""
+        return bits_of(self.dtype) or (8 if self.dtype.startswith("fp8") else 16)
+
+
+class Answer(NamedTuple):
+    """A greedy answer."""
+
+    text: str
+    tokens: tuple[Hashable, ...]
+    hit: int | None
+    """Prompt tokens that came from the prefix cache; None where the server does not say."""
+
+
+class Engine(Protocol):
+    """What a measurement needs of an engine."""
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
+        """Answer questions greedily, each on its image, all at once."""
+
+    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+        """Put the images into the prefix cache, behind these questions."""
+
+    def forget(self) -> None:
+        """Let nothing that was asked before be found in the prefix cache."""
+
+
+class InProcess:
+    """vLLM's ``LLM``, without a process of its own."""
+
+    def __init__(self, model: str, setting: Setting, max_tokens: int, **settings: Any) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        if setting.options:
+            settings["additional_config"] = {SECTION: setting.options}
+        self.max_tokens = max_tokens
+        self.llm = LLM(
+            model,
+            kv_cache_dtype=setting.dtype,
+            logits_processors=["benchmarks.accuracy_forcing:ForcedTokens"],
+            **settings,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _chat(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        params: SamplingParams | Sequence[SamplingParams],
+    ) -> list[Any]:
+        chats: list[Any] = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_pil", "image_pil": image},
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ]
+            for image, question in zip(images, questions, strict=True)
+        ]
+        return self.llm.chat(chats, params, use_tqdm=False)
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
+        """Answer questions greedily; see :class:`Engine`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=self.max_tokens)
+        return [
+            Answer(o.outputs[0].text, tuple(o.outputs[0].token_ids), o.num_cached_tokens)
+            for o in self._chat(images, questions, params)
+        ]
+
+    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+        """Put images into the prefix cache; see :class:`Engine`."""
+        from vllm import SamplingParams
+
+        self._chat(images, questions, SamplingParams(temperature=0, max_tokens=1))
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def distributions(
+        self, images: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]
+    ) -> list[list[dict[int, float]]]:
+        """Log-probabilities of the most likely tokens at each token of given answers.
+
+        The end of an answer counts as a token.
+        """
+        from vllm import SamplingParams
+
+        forced = [self.tokenizer.encode(a, add_special_tokens=False) for a in answers]
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=len(tokens) + 1,
+                ignore_eos=True,
+                logprobs=CANDIDATES,
+                detokenize=False,
+                extra_args={FORCED: tokens},
+            )
+            for tokens in forced
+        ]
+        outputs = [o.outputs[0] for o in self._chat(images, questions, params)]
+        for tokens, output in zip(forced, outputs, strict=True):
+            if list(output.token_ids[:-1]) != tokens:
+                raise RuntimeError(f"vLLM generated {output.token_ids}, not the forced {tokens}")
+        return [[{t: p.logprob for t, p in s.items()} for s in o.logprobs] for o in outputs]
+
+    @property
+    def bytes_per_visual_token(self) -> float:
+        """KV cache of a visual token in a full page, all layers and heads."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return sum(
+            len(group.layer_names)
+            * group.kv_cache_spec.page_size_bytes
+            / (group.kv_cache_spec.block_size * getattr(group.kv_cache_spec, "slots", 1))
+            for group in core.scheduler.kv_cache_config.kv_cache_groups
+        )
+
+
+class Server:
+    """A server with an OpenAI-compatible API.
+
+    Cold questions and prefix hits are told apart by vLLM's ``cache_salt``, a parameter that other
+    servers ignore: there, every question after the first on an image may be a prefix hit.
+    """
+
+    def __init__(self, url: str, max_tokens: int, in_flight: int) -> None:
+        import openai
+
+        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+        self.model = next(iter(self.client.models.list())).id
+        self.max_tokens, self.in_flight = max_tokens, in_flight
+        self.forget()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def _one(self, image: Image.Image, question: str, max_tokens: int) -> Answer:
+        with io.BytesIO() as file:
+            image.save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+        url = {"url": f"data:image/png;base64,{data}"}
+        content: list[Any] = [
+            {"type": "image_url", "image_url": url},
+            {"type": "text", "text": question},
+        ]
+        done = self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            max_tokens=max_tokens,
+            logprobs=True,  # the way to see tokens
+            extra_body={"cache_salt": self.salt},
+        )
+        choice, details = done.choices[0], done.usage and done.usage.prompt_tokens_details
+        tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+        hit = details.cached_tokens if details else None
+        return Answer(choice.message.content or "", tuple(t.token for t in tokens), hit)
+
+    def _all(
+        self, images: Sequence[Image.Image], questions: Sequence[str], max_tokens: int
+    ) -> list[Answer]:
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            return list(pool.map(self._one, images, questions, [max_tokens] * len(images)))
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
+        """Answer questions greedily; see :class:`Engine`."""
+        return self._all(images, questions, self.max_tokens)
+
+    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+        """Put images into the prefix cache; see :class:`Engine`."""
+        self._all(images, questions, 1)
+
+    def forget(self) -> None:
+        """Use another salt from now on."""
+        self.salt = uuid.uuid4().hex

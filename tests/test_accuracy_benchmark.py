@@ -1,0 +1,260 @@
+"""The accuracy benchmark: its statistics by hand, and its modes on real engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.accuracy import parse_args
+from benchmarks.accuracy_data import Row, batches, load_rows, other_questions
+from benchmarks.accuracy_engines import InProcess, Setting
+from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
+from tests.serving.test_server import Server
+from tests.tinyvlm import dataset
+from tests.tinyvlm.unpack import model_path
+
+IMAGE_TOKENS = 256
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(*arguments: object) -> str:
+    command = [sys.executable, "-m", "benchmarks.accuracy", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def the_record(folder: Path) -> dict:
+    (path,) = folder.glob("accuracy-*.json")
+    return json.loads(path.read_text())
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [(0, 10, 0.0, 27.75), (8, 10, 49.02, 94.33), (50, 100, 40.38, 59.62), (10, 10, 72.25, 100.0)],
+)
+def test_wilson(right: int, total: int, low: float, high: float) -> None:
+    assert wilson(right, total) == pytest.approx((low, high), abs=0.01)
+
+
+def test_divergence_of_whole_distributions_is_exact() -> None:
+    p, q = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
+    exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    sides = ({t: math.log(x) for t, x in enumerate(side)} for side in (p, q))
+    assert divergence(*sides) == pytest.approx(exact, abs=1e-6)
+
+
+def test_divergence_of_candidates_is_a_lower_bound() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        weights = [[draw.random() ** 6 + 1e-9 for _ in range(30)] for _ in range(2)]
+        p, q = ([w / sum(side) for w in side] for side in weights)
+        exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        top = [
+            {t: math.log(side[t]) for t in sorted(range(30), key=lambda t: -side[t])[:8]}
+            for side in (p, q)
+        ]
+        assert 0 <= divergence(*top) <= exact + 1e-6
+        assert divergence(top[0], top[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_nothing_in_common() -> None:
+    """The bound knows then that one side's candidates are unlikely for the other, and no more."""
+    assert divergence({1: math.log(0.9)}, {2: math.log(0.9)}) == 0
+
+
+def test_agreement_ends_where_answers_part() -> None:
+    assert agreement([(1, 2, 3, 4)], [(1, 9, 3, 4)]) == 25
+    assert agreement([(1, 2), (5, 6)], [(1, 2), (5, 6, 7, 8)]) == pytest.approx(100 * 4 / 6)
+
+
+def test_drop_is_a_mean_over_tasks_of_pairs() -> None:
+    drop, half = mean_drop(
+        {"a": [True] * 4, "b": [True, False]}, {"a": [True] * 3 + [False], "b": [False, True]}
+    )
+    assert drop == pytest.approx(100 * (0.25 + 0) / 2)
+    # Variances of the differences 0, 0, 0, 1 and 1, -1, over 4 and 2 questions.
+    assert half == pytest.approx(100 * 1.959964 * math.sqrt(0.25 / 4 + 2 / 2) / 2)
+
+
+# Questions.
+
+
+def test_setting() -> None:
+    text = "calibquant1  calibration=false layers_16bit=[0,1] range_estimator=quantile"
+    setting = Setting.parse(text)
+    assert setting.dtype == "calibquant1" and setting.bits == 1
+    assert setting.options == {
+        "calibration": False,
+        "layers_16bit": [0, 1],
+        "range_estimator": "quantile",
+    }
+    assert [Setting.parse(d).bits for d in ("auto", "fp8", "calibquant4")] == [16, 8, 4]
+
+
+def grey(level: int) -> Image.Image:
+    return Image.new("RGB", (4, 4), (level,) * 3)
+
+
+def test_right_answers() -> None:
+    strict = Row("t", "?", ("K 13",), grey(0))
+    assert strict.is_right(" K 13\n") and not strict.is_right("k 13") and not strict.is_right("K")
+    loose = Row("t", "?", ("Bus stop", "a bus"), grey(0), loose=True)
+    assert loose.is_right("bus  STOP.") and loose.is_right("A bus") and not loose.is_right("bus")
+
+
+def test_no_batch_has_an_image_twice() -> None:
+    rows = [Row("t", f"{i}?", ("",), grey(i // 3)) for i in range(12)]
+    found = batches(rows, 3)
+    assert sorted(i for batch in found for i in batch) == list(range(12))
+    assert max(map(len, found)) == 3
+    for batch in found:
+        assert len({rows[i].image_hash for i in batch}) == len(batch)
+
+
+def test_other_question() -> None:
+    rows = [Row(t, q, ("",), grey(0)) for t, q in ("a1", "b1", "a1", "a2", "b1")]
+    assert other_questions(rows) == ["2", "What is this?", "2", "1", "What is this?"]
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory) -> Path:
+    """Two questions of each task, as a file of a user's."""
+    folder = tmp_path_factory.mktemp("data")
+    dataset.write(folder, dataset.examples(count=2))
+    return folder / "qa.jsonl"
+
+
+def test_rows_of_a_file(jsonl: Path) -> None:
+    examples = list(dataset.examples(count=1))
+    rows = load_rows(str(jsonl), 1, " Briefly.")
+    assert [(r.task, r.question, r.answers) for r in rows] == [
+        (e.task, f"{e.question} Briefly.", (e.answer,)) for e in examples
+    ]
+    assert [r.image.tobytes() for r in rows] == [e.image.tobytes() for e in examples]
+
+
+def test_rows_of_datasets(tmp_path: Path) -> None:
+    """Columns as ChartQA has them, and as DocVQA and TextVQA do, in files made here."""
+    datasets = pytest.importorskip("datasets")
+    examples = list(dataset.examples(count=2, tasks=("field",)))
+    for name, question, answer in (("chart", "query", "label"), ("doc", "question", "answers")):
+        rows = [{"image": e.image, question: e.question, answer: [e.answer, "x"]} for e in examples]
+        (tmp_path / name).mkdir()
+        made = datasets.Dataset.from_list(rows)
+        made.to_parquet(tmp_path / name / "validation-00000-of-00001.parquet")
+        loaded = load_rows(str(tmp_path / name), 1, "")
+        assert [(r.task, r.question) for r in loaded] == [(name, examples[0].question)]
+        assert loaded[0].answers == (examples[0].answer, "x")
+        assert loaded[0].image.tobytes() == examples[0].image.tobytes()
+
+
+def test_missing_column(tmp_path: Path) -> None:
+    grey(1).save(tmp_path / "1.png")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"image": "1.png", "question": "?", "reply": "!"}) + "\n")
+    with pytest.raises(ValueError, match="no answers or answer or label"):
+        load_rows(str(file), 1)
+
+
+def test_other_models_need_data(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "someone/else"])
+    assert "--model and --base-url need --data" in capsys.readouterr().err
+
+
+# Engines.
+
+
+def test_teacher_forcing() -> None:
+    """Forced while decoding, tokens get the log-probabilities that they have in a prompt."""
+    from vllm import SamplingParams
+
+    (example,) = dataset.examples(count=1, tasks=("line",))
+    wrong = "Tax: 900"
+    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
+    with InProcess(
+        str(model_path()), Setting.parse("auto"), 8, enforce_eager=True, **settings
+    ) as engine:
+        tokens = engine.tokenizer.encode(wrong, add_special_tokens=False)
+        (steps,) = engine.distributions([example.image], [example.question], [wrong])
+        question = engine.tokenizer.encode(f"{example.question}\n", add_special_tokens=False)
+        prompt = {
+            "prompt_token_ids": [1, 4, *question, *tokens],
+            "multi_modal_data": {"image": example.image},
+        }
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        (output,) = engine.llm.generate([prompt], params, use_tqdm=False)
+    assert len(steps) == len(tokens) + 1
+    expected = output.prompt_logprobs[-len(tokens) :]
+    for token, step, scored in zip(tokens, steps, expected, strict=False):
+        assert step[token] == pytest.approx(scored[token].logprob, abs=1e-3)
+    assert max(step[token] for token, step in zip(tokens, steps, strict=False)) < -1
+
+
+def test_modes(tmp_path: Path) -> None:
+    out = benchmark(
+        *("--count", 1, "--kl-count", 1, "--out", tmp_path, "--settings"),
+        *("auto", "calibquant4", "calibquant1 layers_16bit=[0,1,2,3,4]"),
+    )
+    record = the_record(tmp_path)
+    sixteen, four, mostly = record["settings"]
+    assert [s["bytes_per_visual_token"] for s in record["settings"]] == pytest.approx(
+        [3072, 3072 / 3, 3072 * (5 + 1 / 14) / 6]
+    )
+    for mode, hit in (("decode", 0), ("prefix-hit", IMAGE_TOKENS), ("chunks", 0)):
+        for setting in record["settings"]:
+            result = setting["modes"][mode]
+            assert result["mean_hit_tokens"] == hit
+            assert [t["n"] for t in result["tasks"].values()] == [1] * 6
+        assert sixteen["modes"][mode]["mean"] == 100
+        assert sixteen["modes"][mode]["agreement"] == 100
+        # Codes are read, and change little at 4 bits.
+        assert 0 < four["modes"][mode]["kl"] < 0.1
+        assert four["modes"][mode]["kl"] < mostly["modes"][mode]["kl"]
+        assert four["modes"][mode]["drop"] == 0
+        assert f"Mode {mode}: exact match in %" in out
+    assert record["command"].startswith("python -m benchmarks.accuracy --count 1")
+    assert out.splitlines()[-1] == "accuracy_drop bits4=0.0"
+
+
+def test_servers(tmp_path: Path, jsonl: Path) -> None:
+    """One server under two names, asked about a file."""
+    server = Server(model_path(), tmp_path / "log", "calibquant4")
+    try:
+        server.wait(240)
+        url = server.client.base_url
+        out = benchmark(
+            *("--base-url", f"auto={url}", f"calibquant4={url}", "--data", jsonl),
+            *("--suffix", "", "--batch", 3, "--count", 1, "--out", tmp_path),
+        )
+    finally:
+        server.stop()
+    record = the_record(tmp_path)
+    assert record["modes"] == ["decode", "prefix-hit"]
+    for setting in record["settings"]:
+        for result in setting["modes"].values():
+            assert (result["mean"], result["agreement"], result["kl"]) == (100, 100, None)
+    # Each mode under each name has a salt of its own: only a question on a seen image hits.
+    metrics = re.search(r"Prefix cache hit rate: ([\d.]+)%", (tmp_path / "log").read_text())
+    assert metrics is None or float(metrics[1]) < 50
+    assert out.splitlines()[-1] == "accuracy_drop bits4=0.0"
+
+
+def test_summary() -> None:
+    last = benchmark("--summary").splitlines()[-1]
+    found = re.fullmatch(r"accuracy_drop bits1=(\S+) bits2=(\S+) bits4=(\S+)", last)
+    assert found
+    one, two, four = map(float, found.groups())
+    assert four < 1 and four <= two + 0.5 and two < one

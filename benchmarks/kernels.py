@@ -34,6 +34,9 @@ from csrc_triton import (
     decode_attention,
     store,
 )
+from csrc_triton.attention import ATTEND, CALIBRATE, EXTREMES
+from csrc_triton.decode import MAX_REGISTERS
+from csrc_triton.metadata import ITEMS_PER_SM
 from vllm_calibquant.format import PageFormat
 from vllm_calibquant.tags import tag
 
@@ -318,6 +321,14 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": triton.__version__,
+        },
+        "settings": {
+            "items_per_sm": ITEMS_PER_SM,
+            "max_registers": {
+                "attend": MAX_REGISTERS[ATTEND],
+                "extremes": MAX_REGISTERS[EXTREMES],
+                "calibrate": MAX_REGISTERS[CALIBRATE],
+            },
         },
         **measure(list(GOALS)),
     }

@@ -34,7 +34,7 @@ _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
-ITEMS_PER_SM = 24
+ITEMS_PER_SM = 10
 """(item, KV head) pairs for each multiprocessor: more than run at once, to even out the end."""
 
 

@@ -33,6 +33,8 @@ import argparse
 import json
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -73,7 +75,7 @@ SETTINGS = (
     "calibquant1 calibration=false range_estimator=quantile",
     "calibquant1 calibration=false layers_16bit=[0]",
 )
-QUICK = {"count": 25, "kl_count": 8, "settings": list(WIDTHS), "modes": list(MODES[:2])}
+QUICK = {"count": 40, "kl_count": 8, "settings": list(WIDTHS), "modes": list(MODES[:2])}
 TINY_LLM = {"dtype": "bfloat16", "max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
 OTHER_LLM = {"dtype": "bfloat16", "max_model_len": 8192}
 
@@ -224,7 +226,7 @@ def compare(rows: list[Row], reference: Any, raw: Any) -> dict[str, Any]:
         "drop": round(drop, 2),
         "drop_half_interval": round(half, 2),
         "agreement": round(agreement([a.tokens for a in first], [a.tokens for a in answers]), 2),
-        "kl": round(mean(steps), 5) if steps else None,
+        "kl": float(f"{mean(steps):.4g}") if steps else None,
         "kl_tokens": len(steps),
         "mean_hit_tokens": round(mean(hits), 1) if hits else None,
     }
@@ -303,10 +305,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes], rotation=60)
         axes.minorticks_off()
+        axes.set_xlabel("bytes of KV cache a visual token, all layers")
         axes.set_title(f"mode {mode}", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("exact match, mean over tasks, %")
-    figure.supxlabel("bytes of KV cache a visual token in a full page, all layers", fontsize=10)
     figure.suptitle(f"{record['model']}, {record['count']} questions a task", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncols=2, loc="outside lower center")
@@ -388,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
     record = {
+        # Settings have spaces, and the line is to be run again.
+        "command": f"python -m benchmarks.{NAME} {shlex.join(argv or sys.argv[1:])}",
         "model": "servers" if args.base_url else model,
         "data": args.data or f"tests/tinyvlm, split test, seed {args.seed}",
         "count": args.count,

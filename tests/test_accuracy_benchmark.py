@@ -146,18 +146,21 @@ def test_rows_of_a_file(jsonl: Path) -> None:
 
 
 def test_rows_of_datasets(tmp_path: Path) -> None:
-    """Columns as ChartQA has them, and as DocVQA and TextVQA do, in files made here."""
-    datasets = pytest.importorskip("datasets")
+    """Columns as ChartQA has them, and as DocVQA and TextVQA do, in folders made here."""
+    pytest.importorskip("datasets")
     examples = list(dataset.examples(count=2, tasks=("field",)))
     for name, question, answer in (("chart", "query", "label"), ("doc", "question", "answers")):
-        rows = [{"image": e.image, question: e.question, answer: [e.answer, "x"]} for e in examples]
-        (tmp_path / name).mkdir()
-        made = datasets.Dataset.from_list(rows)
-        made.to_parquet(tmp_path / name / "validation-00000-of-00001.parquet")
-        loaded = load_rows(str(tmp_path / name), 1, "")
-        assert [(r.task, r.question) for r in loaded] == [(name, examples[0].question)]
-        assert loaded[0].answers == (examples[0].answer, "x")
-        assert loaded[0].image.tobytes() == examples[0].image.tobytes()
+        folder = tmp_path / name / "validation"
+        folder.mkdir(parents=True)
+        with (folder / "metadata.jsonl").open("w") as lines:
+            for i, example in enumerate(examples):
+                example.image.save(folder / f"{i}.png")
+                row = {"file_name": f"{i}.png", question: example.question}
+                lines.write(json.dumps({**row, answer: [example.answer, "x"]}) + "\n")
+        (row,) = load_rows(str(tmp_path / name), 1, "")
+        assert (row.task, row.question) == (name, examples[0].question)
+        assert row.answers == (examples[0].answer, "x")
+        assert row.image.tobytes() == examples[0].image.tobytes()
 
 
 def test_missing_column(tmp_path: Path) -> None:
@@ -200,18 +203,18 @@ def test_teacher_forcing() -> None:
     expected = output.prompt_logprobs[-len(tokens) :]
     for token, step, scored in zip(tokens, steps, expected, strict=False):
         assert step[token] == pytest.approx(scored[token].logprob, abs=1e-3)
-    assert max(step[token] for token, step in zip(tokens, steps, strict=False)) < -1
+    assert min(step[token] for token, step in zip(tokens, steps, strict=False)) < -1
 
 
 def test_modes(tmp_path: Path) -> None:
     out = benchmark(
         *("--count", 1, "--kl-count", 1, "--out", tmp_path, "--settings"),
-        *("auto", "calibquant4", "calibquant1 layers_16bit=[0,1,2,3,4]"),
+        *("auto", "calibquant4", "calibquant1 layers_16bit=[0]"),
     )
     record = the_record(tmp_path)
-    sixteen, four, mostly = record["settings"]
+    sixteen, four, one = record["settings"]
     assert [s["bytes_per_visual_token"] for s in record["settings"]] == pytest.approx(
-        [3072, 3072 / 3, 3072 * (5 + 1 / 14) / 6]
+        [3072, 3072 / 3, 3072 * (1 + 5 / 14) / 6]
     )
     for mode, hit in (("decode", 0), ("prefix-hit", IMAGE_TOKENS), ("chunks", 0)):
         for setting in record["settings"]:
@@ -220,9 +223,8 @@ def test_modes(tmp_path: Path) -> None:
             assert [t["n"] for t in result["tasks"].values()] == [1] * 6
         assert sixteen["modes"][mode]["mean"] == 100
         assert sixteen["modes"][mode]["agreement"] == 100
-        # Codes are read, and change little at 4 bits.
-        assert 0 < four["modes"][mode]["kl"] < 0.1
-        assert four["modes"][mode]["kl"] < mostly["modes"][mode]["kl"]
+        # Codes are read, which changes little at 4 bits and much at 1.
+        assert 0 < four["modes"][mode]["kl"] < 0.01 < one["modes"][mode]["kl"]
         assert four["modes"][mode]["drop"] == 0
         assert f"Mode {mode}: exact match in %" in out
     assert record["command"].startswith("python -m benchmarks.accuracy --count 1")

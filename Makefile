@@ -3,6 +3,8 @@
 #   make demo       two servers, one picture, 1 bit beside 16 bits (under 3 minutes on 2 cores)
 #   make test       linters, types and all tests that run without a GPU
 #   make capacity   how many requests fit into a KV pool
+#   make accuracy   what codes cost a small model, in exact match (5 minutes)
+#   make kernel-summary   the newest kernel record, as ratios to FlashAttention 3
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export UV_HTTP_TIMEOUT ?= 180
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types capacity lock clean
+.PHONY: demo test lint types capacity accuracy kernel-summary lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -36,6 +38,12 @@ types: $(STAMP)
 
 capacity: $(STAMP)
 	$(BIN)/python -m benchmarks.capacity
+
+accuracy: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy --quick
+
+kernel-summary: $(STAMP)
+	@$(BIN)/python -m benchmarks.kernels --summary
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)

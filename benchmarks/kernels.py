@@ -140,6 +140,7 @@ class Decode:
 
     def launches(self, calibration: tuple[float, float] | None, kernel: str) -> list[Callable]:
         """One call for each set of pages."""
+
         def one(tables: Any, query: torch.Tensor) -> Callable[[], None]:
             return lambda: decode_attention(
                 tables, self.scratch, self.fmt, query, self.cache, self.out, scale=self.scale,

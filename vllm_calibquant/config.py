@@ -24,8 +24,8 @@ Modality = Literal["image", "video"]
 class ConfigError(Exception):
     """A setting that cannot be served; the message is one sentence for the user.
 
-    Not a ValueError: pydantic would wrap it, and the sentence would not be the last line of a failed
-    start.
+    Not a ValueError: pydantic would wrap it, and the sentence would not be the last line of a
+    failed start.
     """
 
 

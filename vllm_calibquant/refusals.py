@@ -66,7 +66,7 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     layers = model.get_total_num_hidden_layers()
     refuse(
         any(i >= layers for i in config.layers_16bit),
-        f"layers_16bit is {list(config.layers_16bit)}, and the model's layers are 0 to {layers - 1}",
+        f"layers_16bit is {list(config.layers_16bit)}; the model's layers are 0 to {layers - 1}",
     )
     refuse(
         {*range(layers)} <= {*config.layers_16bit},

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -35,6 +36,8 @@ from vllm_calibquant import compat
 from vllm_calibquant.attention.common import MixedBackend, MixedLayer
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.core.spec import MixedPageSpec
+
+logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
 
 class MixedCUDABackend(MixedBackend, FlashAttentionBackend):
@@ -215,13 +218,22 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         self.init_mixed()
         codec = Codec.of(self.config, self.head_size, self.model_dtype)
+        device = torch.device("cuda", torch.cuda.current_device())
         self.page_format = kernels.DeviceFormat(
             codec.page_format,
-            torch.device("cuda", torch.cuda.current_device()),
+            device,
             key_clip=self.config.key_factor,
             value_clip=self.config.value_factor,
         )
         self.quantile = self.config.quantile if self.config.range_estimator == "quantile" else None
+        fast = kernels.gluon_serves(self.page_format, self.num_queries_per_kv, device)
+        logger.info_once(
+            "Visual pages are decoded by the %s kernel (head size %d, %d bits, sm_%d%d).",
+            "Gluon" if fast else "plain Triton",
+            self.head_size,
+            self.config.bits,
+            *torch.cuda.get_device_capability(device),
+        )
 
     def do_kv_cache_update(
         self,

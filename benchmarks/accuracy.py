@@ -43,10 +43,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave cores to other processes
-
 import torch
 from tqdm import tqdm
 
@@ -76,6 +72,11 @@ SETTINGS = (
     "calibquant1 calibration=false layers_16bit=[0]",
 )
 QUICK = {"count": 40, "kl_count": 8, "settings": list(WIDTHS), "modes": list(MODES[:2])}
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes have these cores too
+}
 TINY_LLM = {"dtype": "bfloat16", "max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
 OTHER_LLM = {"dtype": "bfloat16", "max_model_len": 8192}
 
@@ -359,6 +360,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, or print what was measured."""
     args = parse_args(argv)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if args.summary:
         record = newest_record(NAME)
         print_results(record)

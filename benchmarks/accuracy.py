@@ -68,7 +68,8 @@ SETTINGS = (
     "calibquant2 calibration=false",
     "calibquant1 calibration=false",  # the paper's ranges, 0.5 for K and 0.3 for V, alone
     "calibquant1 calibration=false value_range_factor=0.6",
-    "calibquant1 calibration=false range_estimator=quantile",
+    "calibquant1 calibration=false range_estimator=quantile key_range_factor=1 "
+    "value_range_factor=1",  # the paper's first version
     "calibquant1 calibration=false layers_16bit=[0]",
 )
 QUICK = {"count": 40, "kl_count": 8, "settings": list(WIDTHS), "modes": list(MODES[:2])}
@@ -278,9 +279,14 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     modes, settings = record["modes"], record["settings"]
     figure, panels = plt.subplots(
-        1, len(modes), figsize=(1 + 4 * len(modes), 5.6), sharey=True, squeeze=False
+        1,
+        len(modes),
+        figsize=(1 + 4 * len(modes), 5 + 0.16 * len(settings)),
+        sharey=True,
+        squeeze=False,
     )
     widths = [s for s in settings if s["setting"] in WIDTHS]
+    widths.sort(key=lambda s: s["bytes_per_visual_token"])
     sizes = sorted({round(s["bytes_per_visual_token"]) for s in settings})
     for mode, axes in zip(modes, panels[0], strict=True):
         axes.plot(
@@ -312,7 +318,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel("exact match, mean over tasks, %")
     figure.suptitle(f"{record['model']}, {record['count']} questions a task", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=2, loc="outside lower center")
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center")
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=120)
     plt.close(figure)

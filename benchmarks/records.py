@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,9 @@ def environment() -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m {sys.modules['__main__'].__spec__.name} " + " ".join(sys.argv[1:]),
+        "command": shlex.join(
+            ["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
+        ),
         "device": device,
         "driver": driver,
         "python": platform.python_version(),

@@ -143,8 +143,9 @@ def assert_free(metrics: dict[str, float]) -> None:
 
 
 def test_start(server: Server) -> None:
-    lines = [line for line in server.log.read_text().splitlines() if " KV pages (" in line]
-    assert len(lines) == 1
+    log = server.log.read_text()
+    lines = [line for line in log.splitlines() if " KV pages (" in line]
+    assert len(lines) == 1, log
     assert f"calibquant4: {PAGES - 1} KV pages (" in lines[0]
     assert f"{(PAGES - 1) * 16 * SLOTS:,} visual tokens in codes ({SLOTS}x)" in lines[0]
     text = server.get("/metrics")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.records import RECORDS, newest_record
 from csrc_triton import (
     DeviceFormat,
     allocate_scratch,
@@ -40,7 +41,6 @@ from csrc_triton.metadata import ITEMS_PER_SM
 from vllm_calibquant.format import PageFormat
 from vllm_calibquant.tags import tag
 
-RECORDS = Path(__file__).parent / "records"
 BLOCK = 16
 COLD_BYTES = 220e6
 GOALS = {
@@ -277,20 +277,6 @@ def format_row(row: dict[str, Any]) -> str:
     )
 
 
-def newest_record() -> dict[str, Any]:
-    """The newest record of this benchmark.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    """
-    files = sorted(RECORDS.glob("kernels-*.json"))
-    if not files:
-        raise FileNotFoundError(f"no record kernels-*.json in {RECORDS}")
-    return json.loads(files[-1].read_text())
-
-
 def print_summary(record: dict[str, Any]) -> None:
     """Ratios to FlashAttention 3 bf16, one a line, and store times."""
     for kind in ("plain", "calibrated"):
@@ -309,7 +295,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
     args = parser.parse_args()
     if args.summary:
-        print_summary(newest_record())
+        print_summary(newest_record("kernels"))
         return
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --summary prints the newest record")

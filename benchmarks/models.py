@@ -186,9 +186,13 @@ def image_placeholder(name: str) -> str:
     return "<image>" if name.startswith("llava") else "<IMG_CONTEXT>"
 
 
-def noise_image(name: str, seed: int) -> Image.Image:
-    """An image with as many visual tokens as the model's largest: 12 tiles, or 336 x 336."""
-    width, height = (336, 336) if name.startswith("llava") else (4 * TILE, 3 * TILE)
+def noise_image(name: str, seed: int, tiles: tuple[int, int] = (4, 3)) -> Image.Image:
+    """An image of so many tiles across and down, or of 336 x 336 for models without tiles.
+
+    Twelve tiles are the most that the models take; they add a small copy of the whole image.
+    """
+    across, down = tiles
+    width, height = (336, 336) if name.startswith("llava") else (across * TILE, down * TILE)
     # Few distinct pixels suffice to tell images apart, and keep the making of them cheap.
     small = Image.effect_noise((32, 32), 60 + seed % 40).convert("RGB")
     small.putpixel((0, 0), (seed % 256, seed // 256 % 256, 7))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -28,9 +29,10 @@ def environment() -> dict[str, Any]:
             continue
     device, driver = platform.processor() or platform.machine(), None
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        # Not through PyTorch, which would take memory of the device for its context.
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        device, _, driver = (found.splitlines() or [device])[0].partition(", ")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(
@@ -61,12 +63,26 @@ def write_record(name: str, content: dict[str, Any], folder: Path | None = None)
         The file.
     """
     record = {**environment(), **content}
-    stamp = record["date"].replace(":", "").replace("-", "")[:15]
-    folder = folder or RECORDS
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{stamp}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = record_path(name, record["date"], folder)
+    save_record(path, record)
     return path
+
+
+def record_path(name: str, date: str, folder: Path | None = None) -> Path:
+    """File of a record that was begun at a date of :func:`environment`."""
+    stamp = date.replace(":", "").replace("-", "")[:15]
+    return (folder or RECORDS) / f"{name}-{stamp}.json"
+
+
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, or write it again with more in it; a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1)
+    # Raw samples on one line.
+    text = re.sub(r"\[\s+(-?\d[^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def newest_record(name: str) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def test_encode(x_valid, seed, factor, dtype):
         lo, hi = min(present) * np.float32(factor), max(present) * np.float32(factor)
         levels = 2 ** int(widths[j]) - 1
         s = rounded((hi - lo) / np.float32(levels), dtype) if levels else np.float32(0)
-        o = rounded(lo, dtype)
+        o = rounded(lo, dtype) if levels else offset[0, j].float().item()
+        if not levels:
+            assert abs(o - np.mean(present)) <= 1e-2 * np.abs(present).max()
         assert scale[0, j].float().item() == s
         assert offset[0, j].float().item() == o
         for t, value in enumerate(column):
@@ -208,10 +210,21 @@ def test_numbers_outside_the_range_are_clamped():
     assert codes.flatten().tolist() == [0, 0, 3, 3]
 
 
-def test_components_without_bits_keep_their_offset_only():
+def test_components_without_bits_keep_their_mean_only():
     x, valid = group(30, 4, seed=2)
     codes, scale, offset = encode(x, valid, torch.tensor([0, 1, 0, 4]), MinMax(), torch.float32)
     assert not codes[:, [0, 2]].any()
     assert not scale[0, [0, 2]].any()
     assert codes[:, [1, 3]].any()
-    assert torch.equal(offset[0], x.amin(0))
+    assert torch.equal(offset[0, [1, 3]], x.amin(0)[[1, 3]])
+    torch.testing.assert_close(offset[0, [0, 2]], x.mean(0)[[0, 2]])
+
+
+def test_factors_of_components():
+    x, valid = group(30, 4, seed=3)
+    factors = torch.tensor([0.3, 0.6, 0.9, 1.0])
+    many = encode(x, valid, torch.full((4,), 2), MinMax(factors), torch.float32)
+    for j, factor in enumerate(factors.tolist()):
+        one = encode(x, valid, torch.full((4,), 2), MinMax(factor), torch.float32)
+        for a, b in zip(many, one, strict=True):
+            torch.testing.assert_close(a[:, j], b[:, j])

@@ -137,7 +137,7 @@ def serve(checkpoint: Callable[[str], Path]) -> Callable[..., dict[str, Answer]]
     return run
 
 
-def explain(oracle: Oracle, request: tuple, answer: Answer) -> Generation:
+def explain(oracle: Oracle, request: tuple, answer: Answer, hit: int = 0) -> Generation:
     """Score an answer's tokens, with close calls decided as vLLM did where this can be told.
 
     A number that lies in the middle between two codes, up to float32 noise, may be coded either way
@@ -146,13 +146,13 @@ def explain(oracle: Oracle, request: tuple, answer: Answer) -> Generation:
     1e-5.  A wrong implementation is not rescued by these few numbers, each of which must bring
     the comparison nearer.
     """
-    scored = oracle.score(*request, answer.token_ids)
+    scored = oracle.score(*request, answer.token_ids, hit=hit)
     calls, flips = scored.close_calls, frozenset()
     for call in 2 * calls:  # twice, as a large effect may hide that a small one helps
         if differences(scored, answer).abs().max() <= TOLERANCE:
             break
         tried = flips ^ {call}
-        other = oracle.score(*request, answer.token_ids, tried)
+        other = oracle.score(*request, answer.token_ids, tried, hit)
         if differences(other, answer).norm() < differences(scored, answer).norm():
             scored, flips = other, tried
     return scored
@@ -211,6 +211,59 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
 def test_vllm_equals_equations_with_settings(oracle, serve, settings, method, shape) -> None:
     answer = serve("llava", method.bits, json.dumps(settings))[shape]
     assert_equal(oracle("llava", method), prompt("llava", shape), answer)
+
+
+PROFILE_BITS = (
+    ((4,) * 4 + (3,) * 8 + (2,) * 16 + (1,) * 24 + (0,) * 12, (2,) * 16 + (1,) * 32 + (0,) * 16),
+    ((4,) * 16 + (2,) * 16 + (1,) * 32, (1,) * 32 + (0,) * 32),
+    ((2,) * 32 + (1,) * 32, (1,) * 64),
+)
+"""Of K and V in each layer of the LLaVA style: 96 + 64, 128 + 32 and 96 + 64 planes."""
+
+
+def test_vllm_equals_equations_with_a_profile(checkpoint, oracle, tmp_path) -> None:
+    """Mixed bits in random bases, cold and behind a prefix hit; its layer formats differ."""
+    from vllm import EngineArgs, SamplingParams
+
+    from tests.serving.engine import Answer as Served
+    from tests.serving.engine import Engine
+    from tests.test_profile import make_profile
+    from vllm_calibquant.profile import ModelIdentity
+
+    directory = checkpoint("llava")
+    identity = ModelIdentity.of(EngineArgs(str(directory)).create_engine_config().model_config)
+    path = tmp_path / "profile.safetensors"
+    make_profile(identity, PROFILE_BITS, calibration=(0.5, 2.0)).save(path)
+    requests = [prompt("llava", "start"), prompt("llava", "two")]
+    text, images = requests[0]
+    again = (f"{text}Answer at length.\n", images)
+    with Engine(
+        directory,
+        "calibquant1",
+        {"profile": str(path)},
+        max_model_len=2048,
+        max_num_batched_tokens=4096,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+    ) as engine:
+        params = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
+        answers = [
+            Served.of(engine.llm.generate(  # one by one: each is computed in a step of its own
+                {"prompt": text, "multi_modal_data": {"image": images}}, params, use_tqdm=False
+            )[0])
+            for text, images in [*requests, again]
+        ]  # fmt: skip
+    assert [answer.hit for answer in answers] == [0, 0, 272]
+    one = oracle(
+        "llava", Method(1, calibrate=True, tau_min=0.5, tau_max=2.0, profile=path, slots=10)
+    )
+    for request, answer in zip([*requests, again], answers, strict=True):
+        given = Answer(list(answer.prompt), list(answer.tokens), list(answer.logprobs))
+        expected = explain(one, request, given, answer.hit)
+        assert expected.prompt_token_ids == given.prompt_token_ids
+        assert differences(expected, given).abs().max() <= TOLERANCE
+        assert expected.logprobs.argmax(-1).tolist() == given.token_ids
+    exact = oracle("llava", Method(0)).score(*again, answers[2].tokens, hit=272)
+    assert (exact.logprobs - expected.logprobs).abs().amax(-1).min() > 1e-2
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -18,6 +18,10 @@ DTYPE_BITS = {"calibquant1": 1, "calibquant2": 2, "calibquant4": 4}
 SECTION = "calibquant"
 """Key of our settings in vLLM's ``additional_config``."""
 
+PROFILE_DTYPE = "calibquant1"
+BESIDE_PROFILE = ("bits", "modalities", "layers_16bit", "profile")
+"""Keys that may stand beside ``profile``, which decides all others."""
+
 Modality = Literal["image", "video"]
 
 
@@ -68,6 +72,11 @@ class CalibQuantConfig(BaseModel):
     layers_16bit: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Indices of decoder layers that keep all tokens at the model's precision."""
 
+    profile: str | None = None
+    """File of ``vllm-calibquant calibrate``: bit planes in a learned basis.  It decides widths,
+    ranges and calibration; the KV cache dtype must be ``calibquant1``, whose bit planes it lays
+    out anew."""
+
     @property
     def key_factor(self) -> float:
         """Factor c on both ends of a K range."""
@@ -102,8 +111,8 @@ def load_config(cache_dtype: str, additional_config: Any) -> CalibQuantConfig:
     Raises
     ------
     ConfigError
-        For an unknown key (with the nearest valid one), an impossible value, or a number of bits
-        that contradicts the dtype.
+        For an unknown key (with the nearest valid one), an impossible value, a number of bits
+        that contradicts the dtype, or a key that contradicts a profile.
     """
     section = (additional_config or {}).get(SECTION, {})
     if not isinstance(section, Mapping):
@@ -121,6 +130,18 @@ def load_config(cache_dtype: str, additional_config: Any) -> CalibQuantConfig:
             f"additional_config.{SECTION}.bits is {section['bits']!r} but --kv-cache-dtype is "
             f"{cache_dtype}; leave bits out, or choose the dtype that has it"
         )
+    if section.get("profile") is not None:
+        if cache_dtype != PROFILE_DTYPE:
+            raise ConfigError(
+                f"--kv-cache-dtype is {cache_dtype}, but a profile needs {PROFILE_DTYPE}, whatever "
+                f"the bits that it has on average; give {PROFILE_DTYPE}, or leave profile out"
+            )
+        for key in section:
+            if key not in BESIDE_PROFILE:
+                raise ConfigError(
+                    f"additional_config.{SECTION} has both profile and {key}, which the profile "
+                    f"decides; leave {key} out"
+                )
     try:
         return CalibQuantConfig(**{**section, "bits": bits})
     except ValidationError as error:

@@ -104,6 +104,9 @@ class PageFormat:
         The model's dtype, which is the dtype of ranges and of text pages.
     block_size
         Tokens of a text page and of a sub-slot.
+    max_slots
+        Sub-slots of a page at most.  Layers share block ids, so of layers with different planes
+        the one with the fewest sub-slots decides for all.
 
     Raises
     ------
@@ -117,6 +120,7 @@ class PageFormat:
     value_bits: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
+    max_slots: int = MAX_SLOTS
 
     def __post_init__(self) -> None:
         if self.head_size <= 0 or self.head_size % GROUP:
@@ -161,10 +165,10 @@ class PageFormat:
         twice as large, has the same layout of requests as its 16-bit twin.
         """
         planes = max(self.key_planes + self.value_planes, 1)
-        slots = 448 * self.head_size // planes // self.block_size
+        slots = min(448 * self.head_size // planes // self.block_size, self.max_slots, MAX_SLOTS)
         if self.key_planes % 64 or self.value_planes % 64:
             slots -= slots % 2  # a lane's share of one sub-slot would end in half a word
-        return min(slots, MAX_SLOTS)
+        return slots
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_calibquant import compat
 from vllm_calibquant.config import ConfigError, bits_of, load_config
+from vllm_calibquant.profile import exact_layers
 from vllm_calibquant.refusals import BLOCK_SIZE, check_config
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
     config = load_config(dtype, vllm_config.additional_config)
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     cache.block_size = BLOCK_SIZE
-    skipped = {*cache.kv_cache_dtype_skip_layers, *map(str, config.layers_16bit)}
+    skipped = {*cache.kv_cache_dtype_skip_layers, *map(str, exact_layers(config))}
     cache.kv_cache_dtype_skip_layers = sorted(skipped)
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 

@@ -16,6 +16,11 @@ import torch
 class RangeEstimator(Protocol):
     """Finds the interval that the codes of a channel span."""
 
+    @property
+    def factor(self) -> float | torch.Tensor:
+        """Factor c on both ends; ``[D]`` where components differ."""
+        ...
+
     def __call__(self, x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimate ranges.
 
@@ -39,9 +44,10 @@ class MinMax:
     """Extremes of a channel times a factor: ``lo = c min x``, ``hi = c max x``.
 
     The authors' code for CalibQuant (arXiv 2502.14882) has c = 0.5 for K and 0.3 for V at 1 bit.
+    A profile has a factor for each component, ``[D]``.
     """
 
-    factor: float = 1.0
+    factor: float | torch.Tensor = 1.0
 
     def __call__(self, x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimate ranges; see :class:`RangeEstimator`."""
@@ -86,7 +92,7 @@ def encode(
     ``s = (hi - lo) / L`` and ``code = round(clamp((x - lo) / s, 0, L))`` with ``L = 2**b - 1``
     (CalibQuant, Eq. 2 and 3), so that ``x ~ lo + s code``.  Scale and offset are rounded to
     ``dtype`` first and codes are taken against the rounded values, which are what readers see.  A
-    channel without extent has scale 0 and codes 0.
+    channel without extent has scale 0 and codes 0, and one of no bits keeps its mean as offset.
 
     Parameters
     ----------
@@ -111,7 +117,8 @@ def encode(
     levels = ((1 << bits) - 1).to(x.dtype)
     lo, hi = estimator(x, valid)
     scale = torch.where(levels > 0, (hi - lo) / levels.clamp(min=1), 0.0).to(dtype)
-    offset = lo.to(dtype)
+    mean = x.masked_fill(~valid, 0.0).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True)
+    offset = torch.where(levels > 0, lo, mean).to(dtype)
     step = scale.to(x.dtype)
     codes = torch.where(step > 0, (x - offset.to(x.dtype)) / step, 0.0)
     codes = torch.minimum(codes.clamp(min=0.0), levels).round()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
 from vllm_calibquant.format import GROUP, PageFormat
+from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, model_differences
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,14 +64,18 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
             PageFormat.uniform(head_size, config.bits, model.dtype)
         except ValueError as error:
             found.append(str(error))
+    if config.profile:
+        identity = ModelIdentity.of(model)
+        found += model_differences(load_profile(config.profile), config.profile, identity)
     layers = model.get_total_num_hidden_layers()
     refuse(
         any(i >= layers for i in config.layers_16bit),
         f"layers_16bit is {list(config.layers_16bit)}; the model's layers are 0 to {layers - 1}",
     )
     refuse(
-        {*range(layers)} <= {*config.layers_16bit},
-        "layers_16bit names every layer of the model; leave --kv-cache-dtype at auto",
+        {*range(layers)} <= {*exact_layers(config)},
+        "layers_16bit names every layer of the model that could be in codes; leave --kv-cache-dtype "
+        "at auto",
     )
     refuse(
         cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,

@@ -11,9 +11,11 @@ of the equations to speed: keys and values are really dequantised, scores are re
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AttentionInterface, BatchFeature, PreTrainedModel, ProcessorMixin
 
 BLOCK_SIZE = 16
@@ -41,6 +43,11 @@ class Method:
         Which quantile of a channel, and its mirror image, stand for the extremes.
     exact_layers
         Decoder layers that are left alone.
+    profile
+        File with bases, bits and factors of every layer, which then decides all these; ``bits``
+        is any positive number, and ``slots`` the blocks in a page.
+    slots
+        Blocks in a page, where a profile changes them.
     """
 
     bits: int
@@ -51,6 +58,8 @@ class Method:
     tau_max: float = 3.0
     quantile: float = 0.0
     exact_layers: tuple[int, ...] = ()
+    profile: Path | None = None
+    slots: int = 0
 
     @classmethod
     def default(cls, bits: int) -> "Method":
@@ -101,7 +110,10 @@ def visual_pages(is_visual: Sequence[bool], slots: int) -> list[list[int]]:
 
 
 def quantise(
-    x: torch.Tensor, bits: int, clip: float, quantile: float = 0.0
+    x: torch.Tensor,
+    bits: int | torch.Tensor,
+    clip: float | torch.Tensor,
+    quantile: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Express numbers in steps of the range that they share per channel.
 
@@ -110,9 +122,9 @@ def quantise(
     x
         ``[..., tokens, channels]``, of the model's dtype, in which scale and offset are stored too.
     bits
-        Bits of a code.
+        Bits of a code; one number or one for each channel.  A channel of none keeps its mean.
     clip
-        Factor c on both ends of the range of each channel.
+        Factor c on both ends of the range of each channel, likewise.
     quantile
         The ends are this quantile and its mirror image; 0 for minimum and maximum.
 
@@ -122,14 +134,15 @@ def quantise(
         float32.  Steps have the shape of ``x`` and lie in 0..2^bits - 1, not rounded yet; scale and
         offset are ``[..., 1, channels]``.  A code k stands for ``low + scale * k``.
     """
-    levels = 2**bits - 1
+    levels = torch.as_tensor(2**bits - 1)
     low = clip * x.float().quantile(quantile, -2, keepdim=True)
     high = clip * x.float().quantile(1 - quantile, -2, keepdim=True)
-    scale = ((high - low) / levels).to(x.dtype).float()
+    low = torch.where(levels > 0, low, x.float().mean(-2, keepdim=True))
+    scale = torch.where(levels > 0, (high - low) / levels, 0).to(x.dtype).float()
     low = low.to(x.dtype).float()
     # A channel that is constant over the page has scale 0: its offset says all.
     steps = torch.where(scale > 0, (x.float() - low) / scale, 0)
-    return steps.clamp(0, levels), scale, low
+    return steps.clamp(min=0).minimum(levels), scale, low
 
 
 def fake_quantise(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
@@ -243,6 +256,7 @@ class Oracle:
         self._dequantised: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._close_calls: list[CloseCall] = []
         self._flips: Collection[CloseCall] = ()
+        self._profile = load_file(method.profile) if method.profile else {}
 
     @torch.inference_mode()
     def generate(self, text: str, images: Sequence[Image.Image], num_tokens: int) -> Generation:
@@ -280,6 +294,7 @@ class Oracle:
         images: Sequence[Image.Image],
         token_ids: Sequence[int],
         flips: Collection[CloseCall] = (),
+        hit: int = 0,
     ) -> Generation:
         """Compute the distributions from which given tokens were decoded, all tokens at once.
 
@@ -293,6 +308,9 @@ class Oracle:
             The tokens after it.
         flips
             Close calls of an earlier result for the same prompt that shall go the other way.
+        hit
+            Tokens of the prompt, all images among them, that are in the prefix cache: what follows
+            reads codes.
 
         Returns
         -------
@@ -300,18 +318,24 @@ class Oracle:
         """
         inputs = self._begin(text, images)
         self._flips = flips
+        following = torch.tensor([token_ids])
+        if hit:
+            following = torch.cat([inputs["input_ids"][:, hit:], following], 1)
+            for name in ("input_ids", "attention_mask"):
+                inputs[name] = inputs[name][:, :hit]
         prefill = self.model(**inputs, use_cache=True)
-        decode = self.model(
-            input_ids=torch.tensor([token_ids]), past_key_values=prefill.past_key_values
-        )
-        logits = torch.cat([prefill.logits[0, -1:], decode.logits[0, :-1]])
+        decode = self.model(input_ids=following, past_key_values=prefill.past_key_values)
+        logits = torch.cat([prefill.logits[0], decode.logits[0]])
+        logits = logits[-len(token_ids) - 1 : -1]
         return self._result(list(token_ids), logits)
 
     def _begin(self, text: str, images: Sequence[Image.Image]) -> BatchFeature:
         """Forget the last prompt, lay out the pages of this one and return the model's inputs."""
         inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
         self._prompt = inputs["input_ids"][0].tolist()
-        slots = slots_per_page(self.head_size, self.method.bits) if self.method.bits else 0
+        slots = self.method.slots
+        if self.method.bits and not slots:
+            slots = slots_per_page(self.head_size, self.method.bits)
         image_token = self.model.config.image_token_id
         self._pages = visual_pages([t == image_token for t in self._prompt], slots) if slots else []
         blocks = torch.tensor([b for page in self._pages for b in page], dtype=torch.int64)
@@ -403,12 +427,23 @@ class Oracle:
             ``[KV heads, tokens in visual pages, D]`` in the order of positions, dtype of ``x``.
         """
         sizes = [len(page) * BLOCK_SIZE for page in self._pages]
+        dtype, x, bits, basis, mean = x.dtype, x[:, self._visual], self.method.bits, None, None
+        if self._profile:
+            found = {
+                name: self._profile[f"layers.{layer}.{('key', 'value')[part]}.{name}"]
+                for name in ("basis", "mean", "bits", "factors")
+            }
+            basis, mean, bits, clip = found["basis"].float(), *list(found.values())[1:]
+            x = torch.einsum("htd,hed->hte", x - mean[:, None], basis)
+            bits = bits.long()
         pages = []
-        for page in x[:, self._visual].split(sizes, dim=1):
-            steps, scale, low = quantise(page, self.method.bits, clip, self.method.quantile)
+        for page in x.split(sizes, dim=1):
+            steps, scale, low = quantise(page, bits, clip, self.method.quantile)
             codes = steps.round()
             # From steps to fractions of the range before clipping.
-            distance = (steps - steps.floor() - 0.5).abs() * clip / (2**self.method.bits - 1)
+            levels = torch.as_tensor(2**bits - 1).clamp(min=1)
+            distance = (steps - steps.floor() - 0.5).abs() * clip / levels
+            distance = distance.masked_fill(scale == 0, 1.0)
             other = low + scale * (2 * steps.floor() + 1 - codes)
             start = sum(p.shape[1] for p in pages)
             self._close_calls += [
@@ -422,4 +457,6 @@ class Oracle:
         for flip in self._flips:
             if (flip.layer, flip.part) == (layer, part):
                 dequantised[flip.head, flip.index, flip.channel] = flip.other
-        return dequantised.to(x.dtype)
+        if basis is not None:
+            dequantised = torch.linalg.solve(basis, dequantised.mT).mT + mean[:, None]
+        return dequantised.to(dtype)

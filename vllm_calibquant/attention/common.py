@@ -6,13 +6,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 
 from vllm_calibquant.attention.reference import Calibration
+from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.config import DTYPE_BITS, CalibQuantConfig, load_config
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.format import GROUP
+from vllm_calibquant.profile import Profile, load_profile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -68,7 +76,10 @@ class MixedLayer:
 
     calibration: Calibration | None
     config: CalibQuantConfig
+    profile: Profile | None
     model_dtype: torch.dtype
+    codec: Codec
+    """Set by :func:`bind_layers`, before anything is stored."""
 
     def init_mixed(self: Any) -> None:
         """Read our settings; called at the end of the constructor of the platform's layer."""
@@ -91,8 +102,39 @@ class MixedLayer:
         self.kv_cache_dtype = "auto"  # text pages, as vLLM's own kernels read them
         config = load_config_of(vllm_config)
         self.config = config
-        self.calibration = (
-            Calibration(config.tau_min, config.tau_max) if config.calibrated else None
-        )
+        self.profile = load_profile(config.profile) if config.profile else None
+        taus = (config.tau_min, config.tau_max) if config.calibrated else None
+        if self.profile is not None:
+            taus = self.profile.calibration
+        self.calibration = Calibration(*taus) if taus else None
         self.model_dtype = vllm_config.model_config.dtype
         MixedBackend.config, MixedBackend.model_dtype = config, self.model_dtype
+
+    def use_codec(self, codec: Codec) -> None:
+        """Store and read pages with a codec from now on; pages written before become garbage."""
+        self.codec = codec
+
+
+def bind_layers(vllm_config: VllmConfig, layer_names: list[str], device: torch.device) -> None:
+    """Give each layer of ours its codec, which depends on its index where there is a profile."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+    for name, layer in layers.items():
+        impl: Any = layer.impl
+        if impl.profile is None:
+            codec = Codec.of(impl.config, impl.head_size, impl.model_dtype)
+        else:
+            codec = Codec.of_profile(
+                impl.profile,
+                extract_layer_index(name),
+                kv_heads_of_rank(impl.profile.model.num_kv_heads, impl.num_kv_heads),
+                impl.model_dtype,
+                device,
+            )
+        impl.use_codec(codec)
+
+
+def kv_heads_of_rank(total: int, local: int) -> slice:
+    """Which of a model's KV heads this tensor-parallel rank holds; small models repeat them."""
+    ranks = get_tensor_model_parallel_world_size()
+    start = get_tensor_model_parallel_rank() * total // ranks
+    return slice(start, start + local)

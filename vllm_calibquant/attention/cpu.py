@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -14,9 +15,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_calibquant.attention.common import BLOCK_SIZE, MixedBackend, MixedLayer
+from vllm_calibquant.attention.common import (
+    BLOCK_SIZE,
+    MixedBackend,
+    MixedLayer,
+    bind_layers,
+)
 from vllm_calibquant.attention.reference import VisualPages, mixed_attention
-from vllm_calibquant.attention.store import Codec, store_visual, visual_mask
+from vllm_calibquant.attention.store import store_visual, visual_mask
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.format import GROUP
 from vllm_calibquant.tags import is_visual, page_of, slot_of
@@ -124,6 +130,16 @@ class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     kv_cache_spec: MixedPageSpec
 
+    def __init__(
+        self,
+        kv_cache_spec: MixedPageSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        bind_layers(vllm_config, layer_names, device)
+
     def build(
         self,
         common_prefix_len: int,
@@ -154,7 +170,6 @@ class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_mixed()
-        self.codec = Codec.of(self.config, self.head_size, self.model_dtype)
 
     def do_kv_cache_update(
         self,
@@ -224,6 +239,7 @@ class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
                 page_format=self.codec.page_format,
                 scale=self.scale,
                 calibration=self.calibration,
+                basis=self.codec.basis,
             )
         return output
 

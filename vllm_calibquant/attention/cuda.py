@@ -33,9 +33,15 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import csrc_triton as kernels
 from vllm_calibquant import compat
-from vllm_calibquant.attention.common import MixedBackend, MixedLayer
+from vllm_calibquant.attention.common import (
+    BLOCK_SIZE,
+    MixedBackend,
+    MixedLayer,
+    bind_layers,
+)
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.core.spec import MixedPageSpec
+from vllm_calibquant.tags import is_visual
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
@@ -78,6 +84,14 @@ class Prefills:
     """int32 ``[num_reqs + 1]`` of the whole batch."""
     has_context: bool
     """Whether any of them has cached tokens."""
+
+
+@dataclass
+class Step:
+    """What the layers know of a step while they write its tokens; one for all layers."""
+
+    prefills: bool = True
+    """Whether a request has more than one new token: others cannot fill a visual page."""
 
 
 @dataclass
@@ -125,10 +139,13 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             device=device,
         )
         scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim)
+        self.step = Step()
+        bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
             layer.impl.tables = self.tables
             layer.impl.scratch = scratch
+            layer.impl.step = self.step
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -153,6 +170,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=1
         )
+        self.step.prefills = num_prefills > 0
         tables = self.tables
         kernels.build_tables(
             tables,
@@ -213,25 +231,30 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     tables: kernels.StepTables
     """Tables of the step; the metadata builder puts its own here."""
     scratch: kernels.DecodeScratch
+    step: Step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_mixed()
-        codec = Codec.of(self.config, self.head_size, self.model_dtype)
+        self.quantile = self.config.quantile if self.config.range_estimator == "quantile" else None
+
+    def use_codec(self, codec: Codec) -> None:
+        """Store and read pages with a codec from now on; see :class:`MixedLayer`."""
+        super().use_codec(codec)
         device = torch.device("cuda", torch.cuda.current_device())
         self.page_format = kernels.DeviceFormat(
             codec.page_format,
             device,
-            key_clip=self.config.key_factor,
-            value_clip=self.config.value_factor,
+            key_clip=_clip(codec.key_estimator.factor),
+            value_clip=_clip(codec.value_estimator.factor),
         )
-        self.quantile = self.config.quantile if self.config.range_estimator == "quantile" else None
         fast = kernels.gluon_serves(self.page_format, self.num_queries_per_kv, device)
+        planes = codec.page_format.key_planes + codec.page_format.value_planes
         logger.info_once(
-            "Visual pages are decoded by the %s kernel (head size %d, %d bits, sm_%d%d).",
+            "Visual pages are decoded by the %s kernel (head size %d, %g bits, sm_%d%d).",
             "Gluon" if fast else "plain Triton",
             self.head_size,
-            self.config.bits,
+            planes / (2 * self.head_size),
             *torch.cuda.get_device_capability(device),
         )
 
@@ -245,11 +268,18 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     ) -> None:
         """Write the tokens of a step: text as it is, visual tokens as codes."""
         n = slot_mapping.shape[0]
+        key, value = key[:n], value[:n]
+        basis = self.codec.basis
+        if basis is not None and self.step.prefills:
+            # The kernel codes what it is given: visual rows in the basis, text rows as they are.
+            coded = is_visual(slot_mapping // BLOCK_SIZE)[:, None, None]
+            key = torch.where(coded, basis.key.encode(key), key)
+            value = torch.where(coded, basis.value.encode(value), value)
         kernels.store(
             self.tables,
             self.page_format,
-            key[:n],
-            value[:n],
+            key,
+            value,
             kv_cache,
             slot_mapping,
             quantile=self.quantile,
@@ -312,17 +342,36 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
         )
+        basis = self.codec.basis
+        if basis is None:
+            kernels.decode_attention(
+                self.tables,
+                self.scratch,
+                self.page_format,
+                query,
+                kv_cache,
+                output,
+                scale=self.scale,
+                calibration=self.calibration,
+                text=(text, text_lse),
+            )
+            return
+        turned, shift = basis.query(query)
+        codes = torch.empty_like(query)
+        lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
         kernels.decode_attention(
             self.tables,
             self.scratch,
             self.page_format,
-            query,
+            turned,
             kv_cache,
-            output,
+            codes,
             scale=self.scale,
             calibration=self.calibration,
-            text=(text, text_lse),
+            lse=lse,
         )
+        lse = lse + self.scale * shift.T
+        kernels.merge_parts(output, [(text, text_lse), (basis.output(codes), lse)])
 
     def _prefill(
         self,
@@ -367,12 +416,14 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             **common,
         )
         n = rows.stop
+        basis = self.codec.basis
+        turned, shift = (query[:n], None) if basis is None else basis.query(query[:n])
         codes = torch.empty_like(query[:n])
         codes_lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
         kernels.prefill_attention(
             self.tables,
             self.page_format,
-            query[:n],
+            turned,
             kv_cache,
             prefills.batch_query_start_loc,
             codes,
@@ -383,4 +434,11 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             scale=self.scale,
             calibration=self.calibration,
         )
-        kernels.merge_parts(output[rows], [own, text, (codes[rows], codes_lse[:, rows])])
+        seen, seen_lse = codes[rows], codes_lse[:, rows]
+        if basis is not None and shift is not None:
+            seen, seen_lse = basis.output(seen), seen_lse + self.scale * shift.T[:, rows]
+        kernels.merge_parts(output[rows], [own, text, (seen, seen_lse)])
+
+
+def _clip(factor: float | torch.Tensor) -> float | tuple[float, ...]:
+    return tuple(factor.tolist()) if isinstance(factor, torch.Tensor) else factor

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_calibquant.attention.basis import Basis
 from vllm_calibquant.format import PageFormat
 
 
@@ -72,6 +73,7 @@ def mixed_attention(
     page_format: PageFormat,
     scale: float,
     calibration: Calibration | None,
+    basis: Basis | None = None,
 ) -> torch.Tensor:
     """Attention of the new tokens of one request.
 
@@ -90,6 +92,8 @@ def mixed_attention(
         Factor of the scores, ``1 / sqrt(D)`` as a rule.
     calibration
         Calibration of the visual scores, or None.
+    basis
+        Basis in which the pages hold keys and values, or None if they hold them as they are.
 
     Returns
     -------
@@ -111,8 +115,12 @@ def mixed_attention(
 
     key_codes, value_codes, ranges = page_format.unpack(visual.pages)
     k_scale, k_offset, v_scale, v_offset = ranges.float().unbind(-2)  # [P, Hkv, D] each
+    bias = torch.zeros(())
+    if basis is not None:
+        turned, shift = basis.query(query.float())
+        q, bias = turned.unflatten(1, (hkv, -1)), shift.T.unflatten(0, (hkv, -1))[..., None, None]
     x = torch.einsum("thgd,phd,phnd->hgtpn", q, k_scale, key_codes.float())
-    x = (x + torch.einsum("thgd,phd->hgtp", q, k_offset)[..., None]) * scale
+    x = (x + torch.einsum("thgd,phd->hgtp", q, k_offset)[..., None] + bias) * scale
     x, used = x.flatten(-2), visual.used.flatten()  # [Hkv, G, T, P * tokens]
     if calibration is not None:
         x = calibrate(x, used, calibration)
@@ -121,6 +129,10 @@ def mixed_attention(
     p = torch.cat([scores, x], -1).softmax(-1)
     out = torch.einsum("hgtn,nhd->thgd", p[..., : n + t], v)
     p = p[..., n + t :].unflatten(-1, visual.used.shape)
-    out += torch.einsum("hgtpn,phnd,phd->thgd", p, value_codes.float(), v_scale)
-    out += torch.einsum("hgtp,phd->thgd", p.sum(-1), v_offset)
-    return out.flatten(1, 2)
+    seen = torch.einsum("hgtpn,phnd,phd->thgd", p, value_codes.float(), v_scale)
+    seen += torch.einsum("hgtp,phd->thgd", p.sum(-1), v_offset)
+    if basis is not None:
+        share = p.sum((-2, -1)).permute(2, 0, 1)[..., None]  # [T, Hkv, G, 1]
+        whole = basis.output((seen / share.clamp(min=1e-30)).flatten(1, 2))
+        seen = share * whole.unflatten(1, (hkv, -1))
+    return (out + seen).flatten(1, 2)

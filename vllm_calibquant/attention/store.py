@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_calibquant.attention.basis import Basis
 from vllm_calibquant.config import CalibQuantConfig
 from vllm_calibquant.format import PageFormat
-from vllm_calibquant.quantize import RANGE_ESTIMATORS, RangeEstimator, encode
+from vllm_calibquant.profile import Profile
+from vllm_calibquant.quantize import RANGE_ESTIMATORS, MinMax, RangeEstimator, encode
 from vllm_calibquant.tags import is_visual, page_of, slot_of
 
 
@@ -19,6 +21,8 @@ class Codec:
     page_format: PageFormat
     key_estimator: RangeEstimator
     value_estimator: RangeEstimator
+    basis: Basis | None = None
+    """What is coded is K and V in this basis, or as they are."""
 
     @classmethod
     def of(cls, config: CalibQuantConfig, head_size: int, dtype: torch.dtype) -> Codec:
@@ -29,6 +33,24 @@ class Codec:
             PageFormat.uniform(head_size, config.bits, dtype),
             estimator(factor=config.key_factor, **extra),
             estimator(factor=config.value_factor, **extra),
+        )
+
+    @classmethod
+    def of_profile(
+        cls,
+        profile: Profile,
+        layer: int,
+        heads: slice,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Codec:
+        """Codec of the KV heads ``heads`` of a layer that the profile codes."""
+        parts = profile.layers[layer]
+        return cls(
+            profile.page_format(layer, dtype),
+            MinMax(parts.key.factors.to(device)),
+            MinMax(parts.value.factors.to(device)),
+            Basis.of(parts, heads, dtype, device),
         )
 
     def encode(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -86,6 +108,8 @@ def store_visual(
     shape = (len(pages), fmt.tokens)
     valid = torch.zeros(shape, dtype=torch.bool, device=key.device)
     valid[index, token] = True
+    if codec.basis is not None:
+        key, value = codec.basis.key.encode(key), codec.basis.value.encode(value)
     k = key.new_zeros(*shape, *key.shape[1:])
     v = value.new_zeros(*shape, *value.shape[1:])
     k[index, token], v[index, token] = key, value

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_calibquant.config import CalibQuantConfig
 from vllm_calibquant.format import PageFormat
+from vllm_calibquant.profile import load_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,16 @@ class MixedPageSpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: AttentionSpec, config: CalibQuantConfig) -> MixedPageSpec:
         """The mixed twin of a plain spec: the same page, with another reading of its bytes."""
-        page = PageFormat.uniform(spec.head_size, config.bits, spec.dtype)
+        if config.profile:
+            slots = load_profile(config.profile).slots(spec.dtype)
+        else:
+            slots = PageFormat.uniform(spec.head_size, config.bits, spec.dtype).slots
         kwargs = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
         # vLLM would merge us, as a subclass, into the group of a plain layer that comes first.  It
         # keeps layers apart that differ in this field, which means nothing without context
         # parallelism, and that is refused.
         kwargs["dcp_sharded"] = False
-        return cls(**kwargs, slots=page.slots, modalities=config.modalities)
+        return cls(**kwargs, slots=slots, modalities=config.modalities)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

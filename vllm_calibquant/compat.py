@@ -66,6 +66,19 @@ PATCHES = (
         "when vLLM has such a hook",
     ),
     Patch(
+        "vllm.platforms:current_platform.validate_request",
+        "refuse a prompt that the pool cannot ever hold",
+        "the check of a prompt's length knows tokens, of which a pool holds 14 times more visual "
+        "ones than others",
+        "when a plugin can check requests in the API server",
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler.grammar_compile_error_reqs",
+        "add requests that cannot ever fit",
+        "the scheduler has no other way to end a request with an error",
+        "when it has",
+    ),
+    Patch(
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         "call it before our spec is registered",
         "built-in specs are registered lazily if the registry is empty; ours would keep them out",

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_calibquant import compat
+from vllm_calibquant import admission, compat
 from vllm_calibquant.config import ConfigError, bits_of, load_config
 from vllm_calibquant.profile import exact_layers
 from vllm_calibquant.refusals import BLOCK_SIZE, check_config
@@ -50,12 +50,14 @@ def register() -> None:
         compat.watch_block_tables()
     compat.add_spec(MixedPageSpec, MixedPageManager)
     compat.wrap_platform("get_attn_backend_cls", select_backend)
+    compat.wrap_platform("validate_request", admission.validate_request)
 
 
 def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
     """After the platform's changes to a configuration: refuse, then set what our dtype needs."""
     original(vllm_config)
     dtype = vllm_config.cache_config.cache_dtype
+    admission.configured(vllm_config)
     if bits_of(dtype) is None:
         return
     compat.check_version()
@@ -67,6 +69,7 @@ def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
     skipped = {*cache.kv_cache_dtype_skip_layers, *map(str, exact_layers(config))}
     cache.kv_cache_dtype_skip_layers = sorted(skipped)
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    admission.configured(vllm_config, config)
 
 
 def select_backend(

@@ -46,7 +46,7 @@ class Server:
             Path(sys.executable).parent / "vllm",
             *("serve", model, "--served-model-name", NAME, "--port", str(self.port)),
             *("--kv-cache-dtype", kv_cache_dtype, "--num-gpu-blocks-override", str(PAGES)),
-            *("--kv-cache-memory-bytes", str(32 << 20), "--max-model-len", "1024"),
+            *("--kv-cache-memory-bytes", str(32 << 20), "--max-model-len", "2048"),
             *("--max-num-seqs", str(IN_FLIGHT), "--enforce-eager"),
             *("--limit-mm-per-prompt", '{"image": 2}'),
         ]
@@ -261,6 +261,14 @@ def test_bad_request_is_the_clients_fault(server: Server, questions, text: str, 
     urls = [data_url(questions[0].image) if url == "image" else url for url in urls]
     with pytest.raises(openai.BadRequestError):
         ask(server, text, *urls)
+    assert ask(server, questions[0].question, data_url(questions[0].image)) == questions[0].answer
+    assert_free(server.idle())
+
+
+def test_text_longer_than_the_pool(server: Server, questions) -> None:
+    """As long as the model takes, which an image may be; no page is ever taken for it."""
+    with pytest.raises(openai.BadRequestError, match=r"pages of the KV cache, which has 71"):
+        ask(server, "one two three " * 150, max_tokens=1)
     assert ask(server, questions[0].question, data_url(questions[0].image)) == questions[0].answer
     assert_free(server.idle())
 

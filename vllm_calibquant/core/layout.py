@@ -126,3 +126,29 @@ def clip_chunk(
     else:
         clipped = end // block_size * block_size  # no room for a page: cut no block at least
     return clipped - start if clipped > start else num_tokens
+
+
+def prompt_pages(
+    spans: Sequence[Span], num_tokens: int, chunk: int, *, block_size: int, slots: int
+) -> int:
+    """Pages of tokens that are computed from the first one on, alone, in chunks.
+
+    Parameters
+    ----------
+    spans
+        Visual spans of the request, in order.
+    num_tokens
+        Tokens to compute.
+    chunk
+        Tokens of a step at most.
+    block_size, slots
+        Tokens of a block, sub-slots of a page.
+    """
+    pages = start = blocks = 0
+    while spans and start < min(num_tokens, spans[-1].end):
+        step = min(chunk, num_tokens - start)
+        end = start + clip_chunk(spans, start, step, block_size=block_size, slots=slots)
+        new = -(-end // block_size) - blocks
+        layout = step_layout(spans, start, end, blocks, new, block_size=block_size, slots=slots)
+        pages, blocks, start = pages + layout.num_pages, blocks + new, end
+    return pages + -(-num_tokens // block_size) - blocks

@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
-from vllm_calibquant.core.layout import clip_chunk
+from vllm_calibquant.admission import chunk_tokens, too_long
+from vllm_calibquant.core.layout import clip_chunk, prompt_pages
 from vllm_calibquant.core.manager import MixedPageManager
 from vllm_calibquant.core.report import capacity_line
 from vllm_calibquant.metrics import PageCounts
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 
@@ -56,6 +60,85 @@ class MixedPageScheduler(Scheduler):
         # vLLM asks its Mamba splitter for the end of every chunk when this is set.  Models with
         # Mamba layers are refused, so the question is ours alone to answer.
         self.need_mamba_block_aligned_split = True
+        self._computed_anew: set[str] = set()
+
+    # Requests that are longer than the pool.
+
+    def add_request(self, request: Request) -> None:
+        """End a request that cannot ever fit, and any other one where the pool ends."""
+        known = request.request_id in self.requests
+        super().add_request(request)
+        if known or request.resumable:
+            return
+        room = self._room(request)
+        if room < 1:
+            self._refuse(request)
+        else:
+            request.max_tokens = min(request.max_tokens, room)
+
+    def _pages(self, request: Request, num_tokens: int) -> int:
+        """Pages, over all groups, of a request that is computed alone up to so many tokens."""
+        pages = 0
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            spans, slots = [], 1
+            if isinstance(manager, MixedPageManager):
+                spans, slots = manager.spans(request.request_id), manager.kv_cache_spec.slots
+            chunk = chunk_tokens(self.scheduler_config)
+            pages += prompt_pages(
+                spans, num_tokens, chunk, block_size=manager.block_size, slots=slots
+            )
+        return pages
+
+    def _room(self, request: Request) -> int:
+        """Tokens that a request can have after its prompt, alone in the pool; at most 0 if none."""
+        prompt, block_size = request.num_prompt_tokens, self.mixed_page_managers[0].block_size
+        groups = len(self.kv_cache_manager.coordinator.single_type_managers)
+        free = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self._pages(request, prompt)
+        return free // groups * block_size + -prompt % block_size
+
+    def _refuse(self, request: Request) -> None:
+        pages = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        spans = self.mixed_page_managers[0].spans(request.request_id)
+        needed = self._pages(request, request.num_tokens + 1)
+        logger.error(
+            "Request %s ends with an error. %s",
+            request.request_id,
+            too_long(request.num_tokens, spans, needed, pages),
+        )
+        # vLLM ends the requests of this set with an error after the step.
+        self.grammar_compile_error_reqs.add(request.request_id)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Plan a step; see to it that no request waits for pages that nobody will free."""
+        output = super().schedule(*args, **kwargs)
+        if output.total_num_scheduled_tokens == 0 and not self.running and self.waiting:
+            self._free_the_way()
+        return output
+
+    def _free_the_way(self) -> None:
+        """The first request waits though the pool is empty.
+
+        Chunks that were cut short beside other requests leave pages partly filled, and such pages
+        can come back from the prefix cache; so it is computed anew, without the cache, and refused
+        if that does not help.
+        """
+        pool = self.kv_cache_manager.block_pool
+        request = self.waiting.peek_request()
+        if (
+            self._pause_state != PauseState.UNPAUSED
+            or request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            or request.request_id in self.grammar_compile_error_reqs
+            or pool.get_num_free_blocks() < pool.num_gpu_blocks - 1
+        ):
+            return
+        if request.request_id in self._computed_anew:
+            self._refuse(request)
+        self._computed_anew.add(request.request_id)
+        request.skip_reading_prefix_cache = True
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._computed_anew.discard(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
 
     def _mamba_block_aligned_split(
         self,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_calibquant.config import CalibQuantConfig
 from vllm_calibquant.format import PageFormat
 from vllm_calibquant.profile import load_profile
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,15 @@ class MixedPageSpec(FullAttentionSpec):
         # parallelism, and that is refused.
         kwargs["dcp_sharded"] = False
         return cls(**kwargs, slots=slots, modalities=config.modalities)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """The least that a request of ``max_model_len`` tokens takes: all of them visual.
+
+        vLLM refuses to start with a smaller pool.  Longer texts than the pool holds are refused
+        one by one, see :mod:`vllm_calibquant.admission`.
+        """
+        blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
+        return -(-blocks // self.slots) * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

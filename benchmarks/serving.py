@@ -216,6 +216,8 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
 def run_jobs(args: argparse.Namespace, record: dict[str, Any], path: Path) -> None:
     """Run engines one after the other; the record is saved after each cell."""
     todo = jobs(args)
+    if not todo:
+        return
     with tempfile.TemporaryDirectory() as folder:
         children: list[Child] = []
         try:
@@ -254,6 +256,43 @@ def run_child(one: Child, record: dict[str, Any], path: Path, limit_s: float) ->
     if ended and one.process.returncode:
         record["engines"].append({**base, "event": f"exit status {one.process.returncode}"})
     one.stop()
+    save_record(path, record)
+
+
+HTTP_ARGUMENTS = ["--max-model-len", "32768", "--kv-cache-memory-bytes", str(20 * 10**9)]
+DRY_HTTP_ARGUMENTS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
+DRY_HTTP_ARGUMENTS += ["--enforce-eager", "--max-num-seqs", "8"]
+
+
+def run_http(args: argparse.Namespace, record: dict[str, Any], path: Path) -> None:
+    """One server for each (model, KV cache dtype)."""
+    from benchmarks import serving_http
+    from benchmarks.models import make_model
+
+    load = serving_http.DRY_LOAD if args.dry_run else serving_http.Load()
+    arguments = DRY_HTTP_ARGUMENTS if args.dry_run else HTTP_ARGUMENTS
+    arguments = [*arguments, "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+    record["http_arguments"] = arguments
+    for model in args.models:
+        for dtype in args.dtypes:
+            with tempfile.TemporaryDirectory() as folder:
+                directory = make_model(model, folder)
+                log = (args.log_dir or directory) / f"http-{model}-{dtype}.log"
+                base = {"model": model, "dtype": dtype, "scenario": "http"}
+                begin = time.monotonic()
+                cells = serving_http.measure(directory, dtype, arguments, load, log)
+                try:
+                    for cell in cells:
+                        record["cells"].append({**base, **cell})
+                        save_record(path, record)
+                        print(describe({**base, **cell}), flush=True)
+                        if time.monotonic() - begin > args.engine_limit:
+                            break
+                except RuntimeError as error:
+                    record["cells"].append({**base, "error": str(error)})
+                    print(describe(record["cells"][-1]), flush=True)
+                finally:
+                    cells.close()
     save_record(path, record)
 
 
@@ -315,6 +354,8 @@ def main() -> None:
     path = record_path("serving", record["date"], args.out)
     save_record(path, record)
     run_jobs(args, record, path)
+    if "http" in args.scenarios:
+        run_http(args, record, path)
     print(path)
 
 

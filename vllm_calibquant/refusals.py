@@ -74,8 +74,8 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     )
     refuse(
         {*range(layers)} <= {*exact_layers(config)},
-        "layers_16bit names every layer of the model that could be in codes; leave --kv-cache-dtype "
-        "at auto",
+        "layers_16bit names every layer of the model that could be in codes; leave "
+        "--kv-cache-dtype at auto",
     )
     refuse(
         cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,

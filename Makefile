@@ -5,6 +5,7 @@
 #   make capacity   how many requests fit into a KV pool
 #   make accuracy   what codes cost a small model, in exact match (5 minutes)
 #   make kernel-summary   the newest kernel record, as ratios to FlashAttention 3
+#   make serving-summary  the newest serving records, as ratios to stock vLLM
 
 PYTHON ?= python3
 VENV   := .venv
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export UV_HTTP_TIMEOUT ?= 180
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types capacity accuracy kernel-summary lock clean
+.PHONY: demo test lint types capacity accuracy kernel-summary serving-summary lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -44,6 +45,9 @@ accuracy: $(STAMP)
 
 kernel-summary: $(STAMP)
 	@$(BIN)/python -m benchmarks.kernels --summary
+
+serving-summary: $(STAMP)
+	@$(BIN)/python -m benchmarks.serving --summary
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)

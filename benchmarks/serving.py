@@ -307,8 +307,8 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: list[str] | None = None) -> Path | None:
+    """Command line; returns the record, if one was made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=words, help="names of benchmarks.models")
     parser.add_argument("--dtypes", type=words, help="KV cache dtypes, stock first")
@@ -325,15 +325,15 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="everything, small, on the CPU")
     parser.add_argument("--summary", action="store_true", help="ratios of the newest record")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         child(args.child)
-        return
+        return None
     if args.summary:
         from benchmarks.serving_summary import print_summary
 
         print_summary()
-        return
+        return None
     unknown = [s for s in args.scenarios if s not in SCENARIOS]
     if unknown:
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
@@ -357,6 +357,7 @@ def main() -> None:
     if "http" in args.scenarios:
         run_http(args, record, path)
     print(path)
+    return path
 
 
 if __name__ == "__main__":

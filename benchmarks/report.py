@@ -1,0 +1,294 @@
+"""Tables and plots of the README, made from records alone: ``python -m benchmarks.report``.
+
+A table stands between two marks in ``README.md``; nobody edits it by hand, and ``--check`` fails
+where README or plots do not say what the records say.  A plot carries a digest of the numbers that
+it shows, so that checking needs no matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import RECORDS
+from benchmarks.serving_summary import (
+    EIGHT_BITS,
+    NOT_MEASURED,
+    ROWS,
+    STOCK,
+    Run,
+    crossings,
+    load_runs,
+    ratio,
+)
+
+README = Path(__file__).parents[1] / "README.md"
+PLOT = "serving-visual-share.png"
+DIGEST = "Digest"
+
+LABELS = {
+    "auto": "`auto` (bf16)",
+    "fp8": "`fp8`",
+    "int4_per_token_head": "`int4_per_token_head`",
+    "turboquant_k8v4": "`turboquant_k8v4`",
+    "turboquant_4bit_nc": "`turboquant_4bit_nc`",
+    "turboquant_3bit_nc": "`turboquant_3bit_nc`",
+    "calibquant1": "**`calibquant1`**",
+    "calibquant2": "`calibquant2`",
+    "calibquant4": "`calibquant4`",
+}
+MODELS = {
+    "internvl3-8b": "InternVL3-8B",
+    "internvl2.5-26b": "InternVL2.5-26B",
+    "llava-1.5-7b": "LLaVA-1.5-7B",
+}
+
+
+def begin(name: str) -> str:
+    """First mark of a region."""
+    return f"<!-- {name}: made by `python -m benchmarks.report`, do not edit -->"
+
+
+def end(name: str) -> str:
+    """Last mark of a region."""
+    return f"<!-- end of {name} -->"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = (header, ["---"] * len(header), *rows)
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def number(value: float | None) -> str:
+    """For a table: three figures, or all of a large number."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def cell_value(run: Run, dtype: str, scenario: str, name: str, **keys: Any) -> str:
+    """What a cell says under a name, or a dash."""
+    cell = run.find(scenario, dtype, **keys)
+    return number(None if cell is None else cell.get(name))
+
+
+def where(runs: list[Run]) -> str:
+    """Devices and records of some runs, in words."""
+    unique = list({id(run): run for run in runs}.values())
+    return "; ".join(
+        f"{run.device}, {run.date[:10]}, "
+        + ", ".join(f"[{r}](benchmarks/records/{r})" for r in run.records)
+        for run in unique
+    )
+
+
+def goals_region(runs: list[Run]) -> list[str]:
+    """Ratios of the goals."""
+    rows, used = [], []
+    for row in ROWS:
+        line = [row.name]
+        for baseline in (STOCK, EIGHT_BITS):
+            found = ratio(row, baseline, runs)
+            goal = row.goals.get(baseline)
+            if found is None:
+                line.append(NOT_MEASURED if goal else "")
+                continue
+            used.append(found.run)
+            said = f"{found.ratio:.2f}x ({number(found.ours)} against {number(found.baseline)})"
+            line.append(said + (f", goal {goal}" if goal else ""))
+        rows.append(line)
+    if not used:
+        return ["Whole servers have not been measured yet: there is no record of a run on a GPU."]
+    return [
+        *table(["`calibquant1`, InternVL3-8B shape", "against bf16", "against fp8"], rows),
+        "",
+        f"Measured on: {where(used)}.",
+    ]
+
+
+COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("requests resident, 5 GB", dict(scenario="resident", name="requests", outputs=300)),
+    ("decode tokens/s, 5 GB", dict(scenario="resident", name="decode_tokens_per_s", outputs=300)),
+    (
+        "decode tokens/s, 2 GB",
+        dict(scenario="decode", name="decode_tokens_per_s", budget_gb=2, outputs=300),
+    ),
+    (
+        "16k visual tokens, 20 GB, tokens/s",
+        dict(scenario="long-context", name="decode_tokens_per_s", budget_gb=20),
+    ),
+    ("chats: turns/s", dict(scenario="image-chats", name="turns_per_s", working_set=6)),
+    ("chats: hit rate", dict(scenario="image-chats", name="hit_rate", working_set=6)),
+    (
+        "chats: first token, ms",
+        dict(scenario="image-chats", name="first_token_ms_median", working_set=6),
+    ),
+    (
+        "longest video in 0.5 GB, visual tokens",
+        dict(scenario="longest-video", name="most_visual_tokens", layout="one span"),
+    ),
+    (
+        "the same in frames of 256",
+        dict(scenario="longest-video", name="most_visual_tokens", layout="frames"),
+    ),
+)
+
+
+def dtypes_region(runs: list[Run]) -> list[str]:
+    """Every KV cache dtype that was measured, in numbers, run by run and model by model."""
+    lines: list[str] = []
+    for run in runs:
+        for model, title in MODELS.items():
+            found = []
+            for dtype in sorted(run.dtypes(model), key=list(LABELS).index):
+                values = [cell_value(run, dtype, model=model, **keys) for _, keys in COLUMNS]
+                if any(v != "-" for v in values):
+                    found.append([LABELS[dtype], *values])
+            if found:
+                header = [f"{title}, {run.device}", *(name for name, _ in COLUMNS)]
+                lines += [*table(header, found), ""]
+    return lines[:-1] or ["Not measured yet."]
+
+
+def crossing_region(runs: list[Run]) -> list[str]:
+    """Below which visual share another dtype is better."""
+    lines = []
+    for name, label in (
+        ("requests", "requests in the pool"),
+        ("decode_tokens_per_s", "decode tokens/s"),
+    ):
+        for baseline in (EIGHT_BITS, "int4_per_token_head"):
+            run = next((r for r in runs if crossings(r, baseline, name) is not None), None)
+            if run is None:
+                continue
+            found = crossings(run, baseline, name) or []
+            if found:
+                at = ", ".join(f"{x:.0f} %" for x in found)
+                lines.append(f"* {label}, against `{baseline}`: equal at {at} visual tokens.")
+            else:
+                lines.append(f"* {label}, against `{baseline}`: no crossing between 0 and 100 %.")
+    if not lines:
+        return ["Where codes lose has not been measured on a GPU yet."]
+    return [*lines, "", f"![decode speed by visual share](benchmarks/records/{PLOT})"]
+
+
+REGIONS: dict[str, Callable[[list[Run]], list[str]]] = {
+    "serving goals": goals_region,
+    "serving": dtypes_region,
+    "serving crossings": crossing_region,
+}
+
+
+def render(text: str, runs: list[Run]) -> str:
+    """A README with its regions made anew.
+
+    Raises
+    ------
+    ValueError
+        If a region's marks are missing.
+    """
+    for name, make in REGIONS.items():
+        first, last = begin(name), end(name)
+        if text.count(first) != 1 or text.count(last) != 1:
+            raise ValueError(f"README.md needs the marks {first!r} and {last!r}, once each")
+        head, rest = text.split(first)
+        tail = rest.split(last)[1]
+        text = "\n".join([head + first, "", *make(runs), "", last]) + tail
+    return text
+
+
+def plot_data(runs: list[Run]) -> dict[str, dict[str, list[list[float]]]]:
+    """By what is shown and KV cache dtype: points of visual share and value, of the newest run."""
+    for run in runs:
+        data: dict[str, dict[str, list[list[float]]]] = {}
+        for name in ("requests", "decode_tokens_per_s"):
+            for dtype in run.dtypes():
+                shares = sorted(
+                    {c["visual_share"] for c in run.cells if c.get("visual_share") is not None}
+                )
+                cells = [(s, run.find("mix", dtype, visual_share=s)) for s in shares]
+                points = [[s, c[name]] for s, c in cells if c and c.get(name)]
+                if len(points) > 1:
+                    data.setdefault(name, {})[dtype] = points
+        if data:
+            return data
+    return {}
+
+
+def digest(data: Any) -> str:
+    """Of what a plot shows."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plot(data: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
+    """Draw what :func:`plot_data` found."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {"requests": "requests in the pool", "decode_tokens_per_s": "decode tokens/s"}
+    figure, axes = pyplot.subplots(1, len(data), figsize=(4.8 * len(data), 3.6), squeeze=False)
+    for axis, (name, by_dtype) in zip(axes[0], data.items(), strict=True):
+        for dtype, points in sorted(by_dtype.items(), key=lambda item: list(LABELS).index(item[0])):
+            shares, values = zip(*points, strict=True)
+            ours = dtype.startswith("calibquant")
+            axis.plot(shares, values, marker="o", linewidth=2.2 if ours else 1.2, label=dtype)
+        axis.set_xlabel("visual tokens of the prompt, %")
+        axis.set_title(titles[name])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={DIGEST: digest(data)})
+    pyplot.close(figure)
+
+
+def plot_digest(path: Path) -> str | None:
+    """Digest of what a plot shows; None if there is no plot."""
+    if not path.exists():
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def problems(readme: Path = README, folder: Path = RECORDS) -> list[str]:
+    """Where README and plots do not say what the records say."""
+    runs = load_runs(folder)
+    found = []
+    text = readme.read_text(encoding="utf-8")
+    if render(text, runs) != text:
+        found.append(f"{readme.name} does not say what the records say")
+    data = plot_data(runs)
+    if data and plot_digest(folder / PLOT) != digest(data):
+        found.append(f"{PLOT} does not show what the records say")
+    return [f"{problem}; run python -m benchmarks.report" for problem in found]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it would")
+    args = parser.parse_args()
+    if args.check:
+        found = problems()
+        print("\n".join(found) or "README and plots agree with the records")
+        sys.exit(bool(found))
+    runs = load_runs()
+    README.write_text(render(README.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    data = plot_data(runs)
+    if data:
+        plot(data, RECORDS / PLOT)
+    print(f"{README.name}: {', '.join(REGIONS)}; {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main()

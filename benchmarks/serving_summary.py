@@ -1,0 +1,269 @@
+"""What the records of :mod:`benchmarks.serving` say, as ratios between KV cache dtypes of one run.
+
+A *run* is what ran on one kind of device under one name (``--run``), in one record or several.  A
+ratio has both its sides from one run; where several runs have them, the newest one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.records import RECORDS
+
+STOCK, EIGHT_BITS, OURS = "auto", "fp8", "calibquant1"
+MODEL = "internvl3-8b"
+NOT_MEASURED = "not measured"
+
+
+def measured(cell: dict[str, Any]) -> bool:
+    """Whether a cell holds what it set out to measure: all its requests were in the pool at once,
+    none was preempted, and time sufficed.
+    """
+    return not (
+        "error" in cell
+        or cell.get("timed_out")
+        or cell.get("preemptions", 0) > 0
+        or ("most_running" in cell and cell["most_running"] < cell["requests"])
+    )
+
+
+@dataclass
+class Run:
+    """Cells of one run."""
+
+    name: str
+    device: str
+    date: str
+    """Of its newest record."""
+    records: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    cells: list[dict[str, Any]] = field(default_factory=list)
+
+    def find(
+        self, scenario: str, dtype: str, model: str = MODEL, **keys: Any
+    ) -> dict[str, Any] | None:
+        """The newest cell with these keys that holds a measurement."""
+        wanted = {"scenario": scenario, "dtype": dtype, "model": model, **keys}
+        for cell in reversed(self.cells):
+            if all(cell.get(k) == v for k, v in wanted.items()) and measured(cell):
+                return cell
+        return None
+
+    def dtypes(self, model: str = MODEL) -> list[str]:
+        """KV cache dtypes with cells, in order of first appearance."""
+        return list(dict.fromkeys(c["dtype"] for c in self.cells if c["model"] == model))
+
+
+def load_runs(folder: Path = RECORDS) -> list[Run]:
+    """Runs of all records that are not dry, newest first."""
+    runs: dict[tuple[str, str], Run] = {}
+    for path in sorted(folder.glob("serving-[0-9]*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("dry_run"):
+            continue
+        name, device = record["run"], record["device"]
+        run = runs.setdefault((name, device), Run(name, device, record["date"]))
+        run.date = max(run.date, record["date"])
+        run.records.append(path.name)
+        run.commands.append(record["command"])
+        run.cells += record["cells"]
+    return sorted(runs.values(), key=lambda run: run.date, reverse=True)
+
+
+Value = Callable[[Run, str], float | None]
+
+
+def value(scenario: str, name: str, **keys: Any) -> Value:
+    """Of a cell: what it says under a name."""
+
+    def of(run: Run, dtype: str) -> float | None:
+        cell = run.find(scenario, dtype, **keys)
+        return None if cell is None else cell.get(name)
+
+    return of
+
+
+def long_context(run: Run, dtype: str) -> float | None:
+    """Decode tokens per second of requests with about 16 thousand visual tokens."""
+    cell = run.find("long-context", dtype, budget_gb=20)
+    return None if cell is None else cell.get("decode_tokens_per_s")
+
+
+class Row(NamedTuple):
+    """A line of the goals."""
+
+    name: str
+    value: Value
+    goals: dict[str, str]
+    """By baseline, in words."""
+    smaller_is_better: bool = False
+
+
+CHATS = {"budget_gb": 2, "working_set": 6}
+ROWS = (
+    Row(
+        "requests resident at 5 GB, 128 outputs",
+        value("resident", "requests", budget_gb=5, outputs=128),
+        {STOCK: ">= 8", EIGHT_BITS: ">= 4"},
+    ),
+    Row(
+        "requests resident at 5 GB, 300 outputs",
+        value("resident", "requests", budget_gb=5, outputs=300),
+        {STOCK: ">= 6", EIGHT_BITS: ">= 3"},
+    ),
+    Row(
+        "decode tokens/s, 300 outputs, 2 GB",
+        value("decode", "decode_tokens_per_s", budget_gb=2, outputs=300),
+        {STOCK: ">= 5", EIGHT_BITS: ">= 2.7"},
+    ),
+    Row(
+        "decode tokens/s, 300 outputs, 5 GB",
+        value("resident", "decode_tokens_per_s", budget_gb=5, outputs=300),
+        {STOCK: ">= 4", EIGHT_BITS: ">= 2.2"},
+    ),
+    Row(
+        "decode tokens/s, 16k visual tokens a request, 20 GB",
+        long_context,
+        {STOCK: ">= 6", EIGHT_BITS: ">= 3.5"},
+    ),
+    Row(
+        "output tokens/s end to end, 1,024 outputs, 5 GB",
+        value("end-to-end", "output_tokens_per_s", budget_gb=5, outputs=1024),
+        {STOCK: ">= 1.7", EIGHT_BITS: ">= 1.3"},
+    ),
+    Row(
+        "image chats, working set 6x: turns/s",
+        value("image-chats", "turns_per_s", **CHATS),
+        {STOCK: ">= 4", EIGHT_BITS: ">= 3"},
+    ),
+    Row(
+        "image chats, working set 6x: time to first token",
+        value("image-chats", "first_token_ms_median", **CHATS),
+        {STOCK: "<= 0.25", EIGHT_BITS: "<= 0.33"},
+        smaller_is_better=True,
+    ),
+    Row(
+        "longest video request in the same pool",
+        value("longest-video", "most_visual_tokens", layout="one span"),
+        {STOCK: ">= 10", EIGHT_BITS: ">= 5"},
+    ),
+    Row(
+        "text-only throughput, fixed lengths",
+        value("no-harm", "output_tokens_per_s_median", what="text, fixed lengths"),
+        {STOCK: "0.98 to 1.02"},
+    ),
+    Row(
+        "text-only throughput, chat lengths",
+        value("no-harm", "output_tokens_per_s_median", what="text, chat lengths"),
+        {STOCK: "0.98 to 1.02"},
+    ),
+    Row(
+        "first token of a lone image request",
+        value("no-harm", "first_token_ms_median", what="lone image request"),
+        {STOCK: "0.97 to 1.03"},
+        smaller_is_better=True,
+    ),
+    Row(
+        "decode step at batch 1, image request",
+        value("no-harm", "step_ms_median", what="lone image request"),
+        {STOCK: "<= 1.03"},
+        smaller_is_better=True,
+    ),
+    Row(
+        "decode step at batch 1, text request",
+        value("no-harm", "step_ms_median", what="lone text request"),
+        {STOCK: "<= 1.03"},
+        smaller_is_better=True,
+    ),
+)
+
+
+class Ratio(NamedTuple):
+    """Two values of one run."""
+
+    run: Run
+    ours: float
+    baseline: float
+
+    @property
+    def ratio(self) -> float:
+        """Ours over the baseline's."""
+        return self.ours / self.baseline
+
+
+def ratio(row: Row, baseline: str, runs: Iterable[Run], dtype: str = OURS) -> Ratio | None:
+    """A row's ratio in the newest run that has both sides."""
+    for run in runs:
+        ours, theirs = row.value(run, dtype), row.value(run, baseline)
+        if ours is not None and theirs:
+            return Ratio(run, ours, theirs)
+    return None
+
+
+def crossings(run: Run, baseline: str, name: str, dtype: str = OURS) -> list[float] | None:
+    """Visual shares, in percent, where ours becomes better than a baseline's, or worse.
+
+    Parameters
+    ----------
+    run
+        The run.
+    baseline
+        KV cache dtype to compare with.
+    name
+        What is compared, as ``requests`` or ``decode_tokens_per_s``.
+    dtype
+        Ours.
+
+    Returns
+    -------
+    list[float] | None
+        Interpolated between measured shares; None if fewer than two are measured for both.
+    """
+    points = []
+    for cell in run.cells:
+        if cell["scenario"] != "mix" or cell["dtype"] != dtype or cell["model"] != MODEL:
+            continue
+        share = cell.get("visual_share")
+        other = run.find("mix", baseline, visual_share=share)
+        if other and cell.get(name) and other.get(name):
+            points.append((share, cell[name] / other[name] - 1))
+    points = sorted(dict(points).items())
+    if len(points) < 2:
+        return None
+    found = []
+    for (x, a), (y, b) in pairwise(points):
+        if a == 0 or a * b < 0:
+            found.append(x if a == 0 else x + (y - x) * a / (a - b))
+    return found
+
+
+def summary_lines(runs: list[Run], dtype: str = OURS) -> list[str]:
+    """A line for each row of the goals."""
+    lines = []
+    for row in ROWS:
+        parts = []
+        for baseline, goal in row.goals.items():
+            found = ratio(row, baseline, runs, dtype)
+            said = f"{found.ratio:.3g}x" if found else NOT_MEASURED
+            parts.append(f"against {baseline} {said} (goal {goal})")
+        lines.append(f"{row.name}: {', '.join(parts)}")
+    for name, label in (("requests", "requests"), ("decode_tokens_per_s", "decode tokens/s")):
+        for baseline in (EIGHT_BITS, "int4_per_token_head"):
+            run = next((r for r in runs if crossings(r, baseline, name, dtype) is not None), None)
+            found_at = crossings(run, baseline, name, dtype) if run else None
+            if found_at is None:
+                said = NOT_MEASURED
+            else:
+                said = ", ".join(f"{x:.0f} %" for x in found_at) or "none"
+            lines.append(f"visual share where {label} cross {baseline}: {said}")
+    return lines
+
+
+def print_summary() -> None:
+    """Print the ratios of the newest runs."""
+    print("\n".join(summary_lines(load_runs())))

@@ -1,0 +1,138 @@
+"""The serving benchmark on the CPU, and what is made of its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, serving, serving_summary
+from benchmarks.records import save_record
+from benchmarks.serving_summary import ROWS, crossings, load_runs, ratio, summary_lines
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> Path:
+    """All scenarios on one small engine, as the GPU runs them."""
+    folder = tmp_path_factory.mktemp("serving")
+    command = [sys.executable, "-m", "benchmarks.serving", "--dry-run", "--dtypes", "calibquant1"]
+    done = subprocess.run(
+        [*command, "--out", folder, "--log-dir", folder],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = folder.glob("serving-*.json")
+    return path
+
+
+def test_every_scenario_runs(record: Path):
+    content = json.loads(record.read_text())
+    assert [e["event"] for e in content["engines"]] == ["start"]
+    cells = content["cells"]
+    assert not [c for c in cells if "error" in c]
+    assert {c["scenario"] for c in cells} == set(serving.IN_PROCESS)
+    for cell in cells:
+        assert serving_summary.measured(cell), cell
+    for cell in (c for c in cells if c["scenario"] in ("resident", "decode", "mix")):
+        assert cell["most_running"] == cell["requests"] > 0
+        assert len(cell["step_ms"]) >= cell["outputs"] - 3
+        # All but the last tokens of a prompt were planted.
+        assert cell["planted_share"] * cell["prompt_tokens"] >= cell["prompt_tokens"] - 17
+    chats = next(c for c in cells if c["scenario"] == "image-chats")
+    assert chats["turns"] == chats["users"] * (chats["turns_a_user"] - 1)
+    assert 0.8 < chats["hit_rate"] < 1
+
+
+def test_a_record_is_compact_and_names_its_origin(record: Path):
+    content = json.loads(record.read_text())
+    assert {"command", "device", "driver", "versions", "date", "settings"} <= content.keys()
+    assert "benchmarks.serving" in content["command"]
+    assert len(record.read_text()) < 100_000
+
+
+def made_up(folder: Path, date: str, device: str = "GPU", **requests: int) -> None:
+    """A record with a few cells, as if measured on a GPU."""
+    cells = []
+    for dtype, number in requests.items():
+        base = {"model": "internvl3-8b", "dtype": dtype, "budget_gb": 5}
+        cells.append({**base, "scenario": "resident", "outputs": 128, "requests": number})
+        for share in (0, 50, 100):
+            speed = 1000 - 2 * share if dtype == "fp8" else 700 + 10 * share
+            point = {"visual_share": share, "requests": 10, "decode_tokens_per_s": speed}
+            cells.append({**base, "scenario": "mix", **point})
+    content = {"date": date, "command": "c", "device": device, "run": date[:10], "cells": cells}
+    save_record(folder / f"serving-{date}.json", content)
+
+
+def test_ratios_stay_within_a_run(tmp_path: Path):
+    made_up(tmp_path, "20260101T000000", auto=10, calibquant1=85)
+    made_up(tmp_path, "20260102T000000", calibquant1=90)
+    made_up(tmp_path, "20260102T000001", device="other GPU", auto=30)
+    runs = load_runs(tmp_path)
+    assert len(runs) == 3
+    found = ratio(ROWS[0], "auto", runs)
+    assert found is not None
+    assert (found.ours, found.baseline, found.run.name) == (85, 10, "20260101T0")
+    lines = summary_lines(runs)
+    assert lines[0] == (
+        "requests resident at 5 GB, 128 outputs: against auto 8.5x (goal >= 8), "
+        "against fp8 not measured (goal >= 4)"
+    )
+    assert [line.split(":")[0] for line in lines[: len(ROWS)]] == [
+        row.name.split(":")[0] for row in ROWS
+    ]
+
+
+def test_a_cell_that_was_disturbed_does_not_count(tmp_path: Path):
+    made_up(tmp_path, "20260101T000000", auto=10, calibquant1=85)
+    path = next(tmp_path.iterdir())
+    record = json.loads(path.read_text())
+    record["cells"][0]["preemptions"] = 3
+    save_record(path, record)
+    assert ratio(ROWS[0], "auto", load_runs(tmp_path)) is None
+
+
+def test_crossings_are_interpolated(tmp_path: Path):
+    made_up(tmp_path, "20260101T000000", fp8=20, calibquant1=85)
+    (run,) = load_runs(tmp_path)
+    assert crossings(run, "fp8", "decode_tokens_per_s") == [pytest.approx(23.7, abs=0.1)]
+    assert crossings(run, "auto", "decode_tokens_per_s") is None
+
+
+def test_readme_says_what_the_records_say():
+    """As ``python -m benchmarks.report --check`` does."""
+    assert report.problems() == []
+
+
+def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
+    made_up(tmp_path, "20260101T000000", auto=10, fp8=20, calibquant1=85)
+    readme = tmp_path / "README.md"
+    marks = [line for name in report.REGIONS for line in (report.begin(name), report.end(name))]
+    readme.write_text("\n".join(["before", *marks, "after"]))
+    runs = load_runs(tmp_path)
+    text = report.render(readme.read_text(), runs)
+    assert "8.50x (85 against 10), goal >= 8" in text
+    assert text.startswith("before\n") and text.endswith("\nafter")
+    assert report.render(text, runs) == text
+    readme.write_text(text)
+    data = report.plot_data(runs)
+    assert [p.split(";")[0] for p in report.problems(readme, tmp_path)] == [
+        f"{report.PLOT} does not show what the records say"
+    ]
+    pytest.importorskip("matplotlib", reason="plots are drawn where matplotlib is installed")
+    report.plot(data, tmp_path / report.PLOT)
+    assert report.problems(readme, tmp_path) == []
+    readme.write_text(text.replace("85 against", "95 against"))
+    assert len(report.problems(readme, tmp_path)) == 1
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.render("no marks", runs)

@@ -21,15 +21,15 @@ NOT_MEASURED = "not measured"
 
 
 def measured(cell: dict[str, Any]) -> bool:
-    """Whether a cell holds what it set out to measure: all its requests were in the pool at once,
-    none was preempted, and time sufficed.
+    """Whether a cell holds what it set out to measure.
+
+    Where prompts were planted, all requests must have been in the pool at once and to their end.
     """
-    return not (
-        "error" in cell
-        or cell.get("timed_out")
-        or cell.get("preemptions", 0) > 0
-        or ("most_running" in cell and cell["most_running"] < cell["requests"])
-    )
+    if "error" in cell or cell.get("timed_out"):
+        return False
+    if "planted_share" in cell:
+        return cell["preemptions"] == 0 and cell["most_running"] == cell["requests"]
+    return True
 
 
 @dataclass

@@ -97,7 +97,7 @@ def test_a_cell_that_was_disturbed_does_not_count(tmp_path: Path):
     made_up(tmp_path, "20260101T000000", auto=10, calibquant1=85)
     path = next(tmp_path.iterdir())
     record = json.loads(path.read_text())
-    record["cells"][0]["preemptions"] = 3
+    record["cells"][0] |= {"planted_share": 0.99, "most_running": 10, "preemptions": 3}
     save_record(path, record)
     assert ratio(ROWS[0], "auto", load_runs(tmp_path)) is None
 

@@ -1,4 +1,4 @@
-"""Kernels beside FlashAttention 3, in one run on one GPU.
+"""Kernels beside FlashAttention 3 and xformers, in one run on one GPU.
 
 ``python -m benchmarks.kernels`` prints the table and writes a record under ``benchmarks/records``;
 ``--summary`` prints the ratios of the newest record.
@@ -6,17 +6,16 @@
 Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of
 which reads another set of pages until more than 200 MB have been read, so that L2 is cold.  Decode
 time is everything from the query to the written output (split, merge, and for calibration the pass
-for the extremes) over visual tokens only, in full pages of 224 tokens; FlashAttention reads the
-same number of tokens from a paged bf16 or fp8 cache with block size 16.  The tables of a step are
+for the extremes) over visual tokens only, in full pages; FlashAttention reads the same number of
+tokens from a paged bf16 or fp8 cache with block size 16, and xformers' split-k decode, which the
+paper compared with, from one run of memory for each request.  Prefill is the part of a later chunk
+or of a question that attends to cached visual tokens, in both formats.  The tables of a step are
 made once for all layers and are timed on their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from benchmarks.records import RECORDS, newest_record
+from benchmarks.records import RECORDS, newest_record, write_record
 from csrc_triton import (
     DeviceFormat,
     allocate_scratch,
     allocate_tables,
     build_tables,
     decode_attention,
+    prefill_attention,
     store,
 )
 from csrc_triton.attention import ATTEND, CALIBRATE, EXTREMES
@@ -56,6 +55,21 @@ GOALS = {
     (48, 8, 3328, 1): (1.0, 1.0),
 }
 """(Hq, Hkv, tokens, batch): the least ratio to FlashAttention 3 bf16, plain and calibrated."""
+
+XFORMERS_SHAPES = ((28, 4, 3328, 64), (32, 32, 3328, 64), (48, 8, 3328, 256))
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"shape": (28, 4, 3328, 64), "bits": 2},
+    {"shape": (28, 4, 3328, 64), "bits": 4},
+    {"shape": (32, 32, 3328, 64), "bits": 2},
+    {"shape": (32, 32, 3328, 64), "bits": 4},
+    {"shape": (28, 4, 3328, 64), "dtype": "float16"},
+    {"shape": (28, 4, 3328, 64), "d": 64},
+    {"shape": (28, 4, 3328, 64), "kernel": "triton"},
+)
+"""Decode in other formats, and with the plain kernel that devices without Gluon use."""
+
+PREFILLS = ((28, 4, 128, 3328, 16), (28, 4, 2048, 16384, 1))
+"""(Hq, Hkv, new tokens, cached visual tokens, requests)."""
 
 STORE_GOALS = {4: 15.0, 8: 25.0, 32: 80.0}
 """KV heads: most microseconds to store 8192 visual tokens."""
@@ -105,9 +119,9 @@ class Decode:
 
     def __init__(
         self, hq: int, hkv: int, tokens: int, batch: int, d: int = 128, bits: int = 1,
-        items_per_sm: int | None = None,
+        dtype: torch.dtype = torch.bfloat16, items_per_sm: int | None = None,
     ) -> None:  # fmt: skip
-        page = PageFormat.uniform(d, bits)
+        page = PageFormat.uniform(d, bits, dtype)
         self.fmt = DeviceFormat(page, "cuda")
         per_request = -(-tokens // page.tokens)
         set_pages = per_request * batch
@@ -159,11 +173,14 @@ class Decode:
         return time_us([lambda: build_tables(self.tables[0], *self.step_inputs, num_decodes=batch)])
 
 
-def time_flash(hq: int, hkv: int, tokens: int, batch: int, d: int = 128, *, fp8: bool) -> float:
+def time_flash(
+    hq: int, hkv: int, tokens: int, batch: int, d: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:  # fmt: skip
     """Microseconds of FlashAttention 3 decode as vLLM calls it: paged, its scheduler metadata."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    fp8 = dtype == torch.float8_e4m3fn
     blocks = -(-tokens // BLOCK)
     set_bytes = batch * blocks * BLOCK * hkv * 2 * d * dtype.itemsize
     sets = max(1, min(64, -(-int(COLD_BYTES) // set_bytes)))
@@ -186,7 +203,7 @@ def time_flash(hq: int, hkv: int, tokens: int, batch: int, d: int = 128, *, fp8:
         causal=True,
     )  # fmt: skip
     query = torch.randn(batch, hq, d, device="cuda").to(dtype)
-    out = torch.empty(batch, hq, d, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(batch, hq, d, dtype=torch.bfloat16 if fp8 else dtype, device="cuda")
 
     def one_set(table: torch.Tensor) -> Callable[[], None]:
         return lambda: flash_attn_varlen_func(
@@ -195,6 +212,88 @@ def time_flash(hq: int, hkv: int, tokens: int, batch: int, d: int = 128, *, fp8:
         )  # fmt: skip
 
     return time_us([one_set(order[s]) for s in range(sets)])
+
+
+def time_xformers(hq: int, hkv: int, tokens: int, batch: int, d: int = 128) -> float:
+    """Microseconds of xformers' split-k decode in bf16, with its own choice of splits."""
+    from xformers.ops.fmha import attn_bias, memory_efficient_attention_forward, triton_splitk
+
+    sets = max(1, min(64, -(-int(COLD_BYTES) // (batch * tokens * hkv * 2 * d * 2))))
+    cache = torch.empty(sets, 2, 1, batch * tokens, hkv, 1, d, dtype=torch.bfloat16, device="cuda")
+    cache.normal_()
+    bias = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        q_seqlen=[1] * batch, kv_padding=tokens, kv_seqlen=[tokens] * batch, device="cuda"
+    )
+    query = torch.randn(1, batch, hkv, hq // hkv, d, device="cuda").bfloat16()
+
+    def one_set(key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
+        k, v = (x.expand(-1, -1, -1, hq // hkv, -1) for x in (key, value))
+        return lambda: memory_efficient_attention_forward(
+            query, k, v, bias, op=triton_splitk.FwOp
+        )  # fmt: skip
+
+    return time_us([one_set(*cache[s]) for s in range(sets)])
+
+
+def time_prefill(
+    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128
+) -> tuple[float, float]:
+    """Microseconds of new tokens over cached visual tokens, all of which they see.
+
+    Returns the times without and with calibration.
+    """
+    page = PageFormat.uniform(d, 1)
+    fmt = DeviceFormat(page, "cuda")
+    per_request = -(-tokens // page.tokens)
+    cache = visual_cache(per_request * batch, hkv, page)
+    rows = [visual_ids(tokens, b * per_request, page.slots) + [0] * (-(-queries // BLOCK))
+            for b in range(batch)]  # fmt: skip
+    table = torch.tensor(rows, dtype=torch.int32, device="cuda")
+    tables = allocate_tables(
+        max_num_reqs=batch, max_num_blocks=table.shape[1], max_num_tokens=batch * queries,
+        slots=page.slots, num_kv_heads=hkv, device="cuda",
+    )  # fmt: skip
+    lens = torch.full((batch,), tokens + queries, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * queries
+    mapping = torch.full((batch * queries,), -1, dtype=torch.int64, device="cuda")
+    build_tables(tables, table, lens, starts, mapping, num_decodes=0)
+    query = torch.randn(batch * queries, hq, d, device="cuda").bfloat16()
+    out, lse = torch.empty_like(query), torch.empty(hq, batch * queries, device="cuda")
+
+    def time(calibration: tuple[float, float] | None) -> float:
+        def launch() -> None:
+            prefill_attention(
+                tables, fmt, query, cache, starts, out, lse, first_request=0, num_requests=batch,
+                max_query_len=queries, scale=d**-0.5, calibration=calibration,
+            )  # fmt: skip
+
+        return time_us([launch], replays=10)
+
+    return time(None), time((0.0, 3.0))
+
+
+def time_flash_prefill(
+    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128
+) -> float:
+    """Microseconds of FlashAttention 3 for the same, over bf16 pages."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    blocks = batch * tokens // BLOCK
+    cache = torch.empty(blocks, hkv, BLOCK, 2 * d, dtype=torch.bfloat16, device="cuda").normal_()
+    key, value = cache.transpose(1, 2).split(d, -1)
+    table = torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
+    lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * queries
+    query = torch.randn(batch * queries, hq, d, device="cuda").bfloat16()
+    out = torch.empty_like(query)
+
+    def launch() -> None:
+        flash_attn_varlen_func(
+            query, key, value, queries, starts, tokens, seqused_k=lens, softmax_scale=d**-0.5,
+            causal=False, block_table=table, out=out, fa_version=3,
+        )  # fmt: skip
+
+    return time_us([launch], replays=10)
 
 
 def time_store(hkv: int, tokens: int = 8192, d: int = 128, bits: int = 1) -> float:
@@ -224,18 +323,40 @@ def time_store(hkv: int, tokens: int = 8192, d: int = 128, bits: int = 1) -> flo
     return time_us(launches)
 
 
+def xformers_version() -> str:
+    """Version of xformers.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    import xformers
+
+    return xformers.__version__
+
+
 def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
     """All rows of the table."""
+    try:
+        xformers, competitor = xformers_version(), True
+    except ImportError as error:
+        xformers, competitor = f"not measured: {error}", False
     rows = []
     for shape in shapes:
-        row: dict[str, Any] = {"shape": shape}
-        row["fa3_bf16_us"] = time_flash(*shape, fp8=False)
+        row: dict[str, Any] = {"shape": shape, "fa3_bf16_us": time_flash(*shape)}
         torch.cuda.empty_cache()
         try:
-            row["fa3_fp8_us"] = time_flash(*shape, fp8=True)
+            row["fa3_fp8_us"] = time_flash(*shape, dtype=torch.float8_e4m3fn)
         except RuntimeError as error:
             row["fa3_fp8_us"], row["fa3_fp8_error"] = None, str(error)[:200]
         torch.cuda.empty_cache()
+        if competitor and shape in XFORMERS_SHAPES:
+            try:
+                row["xformers_us"] = time_xformers(*shape)
+            except Exception as error:  # whatever it does not support here
+                row["xformers_error"] = f"{type(error).__name__}: {error}"[:200]
+            torch.cuda.empty_cache()
         decode = Decode(*shape)
         row["plain_us"] = decode.time()
         row["calibrated_us"] = decode.time((0.0, 3.0))
@@ -244,18 +365,49 @@ def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
         torch.cuda.empty_cache()
         rows.append(row)
         print(format_row(row), flush=True)
-    wide = []
-    for bits in (2, 4):
-        shape = (28, 4, 3328, 64)
-        decode = Decode(*shape, bits=bits)
-        row = {"shape": shape, "bits": bits, "plain_us": decode.time(),
-               "calibrated_us": decode.time((0.0, 3.0))}  # fmt: skip
-        wide.append(row)
-        print(f"{bits} bit {name(shape)}  plain {row['plain_us']:.1f} us", flush=True)
+    wide = [measure_variant(**variant) for variant in VARIANTS]
+    prefill = []
+    for prefill_shape in PREFILLS:
+        flash = time_flash_prefill(*prefill_shape)
+        plain, calibrated = time_prefill(*prefill_shape)
+        torch.cuda.empty_cache()
+        row = {"shape": prefill_shape, "fa3_bf16_us": flash, "plain_us": plain,
+               "calibrated_us": calibrated}  # fmt: skip
+        prefill.append(row)
+        print(f"prefill {name(prefill_shape)}  FA3 bf16 {flash:.0f}  plain {plain:.0f}  "
+              f"calibrated {calibrated:.0f} us", flush=True)  # fmt: skip
     stores = {hkv: time_store(hkv) for hkv in STORE_GOALS}
     for hkv, us in stores.items():
-        print(f"store of 8192 visual tokens, Hkv {hkv}: {us:.1f} us (goal {STORE_GOALS[hkv]:.0f})")
-    return {"decode": rows, "wide": wide, "store_us": stores}
+        read = 8192 * hkv * 2 * 128 * 2
+        print(f"store of 8192 visual tokens, Hkv {hkv}: {us:.1f} us (goal {STORE_GOALS[hkv]:.0f}), "
+              f"{read / us / 1e6:.2f} TB/s read")  # fmt: skip
+    store_bits = {bits: time_store(8, bits=bits) for bits in (2, 4)}
+    return {"decode": rows, "wide": wide, "prefill": prefill, "store_us": stores,
+            "store_hkv8_us_by_bits": store_bits, "xformers": xformers}  # fmt: skip
+
+
+def measure_variant(
+    shape: tuple[int, int, int, int], bits: int = 1, d: int = 128, dtype: str = "bfloat16",
+    kernel: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Decode in one of the other formats, with FlashAttention 3 over the same shape."""
+    model = getattr(torch, dtype)
+    row: dict[str, Any] = {"shape": shape, "bits": bits, "head_size": d, "dtype": dtype,
+                           "kernel": kernel}  # fmt: skip
+    row["fa3_16bit_us"] = time_flash(*shape, d, model)
+    row["fa3_fp8_us"] = time_flash(*shape, d, torch.float8_e4m3fn)
+    decode = Decode(*shape, d, bits, model)
+    row["plain_us"] = decode.time(kernel=kernel)
+    row["calibrated_us"] = decode.time((0.0, 3.0), kernel=kernel)
+    del decode
+    torch.cuda.empty_cache()
+    print(
+        f"{name(shape):>18}  {bits} bit, D {d}, {dtype}, {kernel}: FA3 {row['fa3_16bit_us']:.1f}  "
+        f"fp8 {row['fa3_fp8_us']:.1f}  plain {row['plain_us']:.1f}  "
+        f"calibrated {row['calibrated_us']:.1f} us",
+        flush=True,
+    )
+    return row
 
 
 def name(shape: tuple[int, ...] | list[int]) -> str:
@@ -271,6 +423,7 @@ def format_row(row: dict[str, Any]) -> str:
     return (
         f"{name(row['shape']):>18}  FA3 bf16 {row['fa3_bf16_us']:8.1f}  fp8 "
         + (f"{fp8:8.1f}" if fp8 else "       -")
+        + (f"  xformers {row['xformers_us']:.1f}" if "xformers_us" in row else "")
         + f"  plain {row['plain_us']:7.1f} ({plain:4.1f}x, goal {goals[0]:.1f})"
         + f"  calibrated {row['calibrated_us']:7.1f} ({calibrated:4.1f}x, goal {goals[1]:.1f})"
         + f"  tables {row['tables_us']:.1f} us"
@@ -299,29 +452,16 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --summary prints the newest record")
-    now = datetime.datetime.now(datetime.UTC)
-    record = {
-        "command": "python -m benchmarks.kernels",
-        "date": now.isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
+    settings = {
+        "items_per_sm": ITEMS_PER_SM,
+        "max_registers": {
+            "attend": MAX_REGISTERS[ATTEND],
+            "extremes": MAX_REGISTERS[EXTREMES],
+            "calibrate": MAX_REGISTERS[CALIBRATE],
         },
-        "settings": {
-            "items_per_sm": ITEMS_PER_SM,
-            "max_registers": {
-                "attend": MAX_REGISTERS[ATTEND],
-                "extremes": MAX_REGISTERS[EXTREMES],
-                "calibrate": MAX_REGISTERS[CALIBRATE],
-            },
-        },
-        **measure(list(GOALS)),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"kernels-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"settings": settings, **measure(list(GOALS))}
+    write_record("kernels", record, args.out)
     print_summary(record)
 
 

@@ -1,7 +1,8 @@
 """Attention over cached visual pages in plain Triton: every format, decode and prefill.
 
 One kernel serves decode (rows are the query heads of one KV head, work is split over items of runs)
-and prefill (rows are pairs of query token and head, each program reads all runs of its request).
+and prefill (rows are pairs of query token and head; a program reads all runs of its request, or one
+of ``SPLITS`` shares of them).
 It needs neither Gluon nor Hopper.  The decode fast path is in :mod:`csrc_triton.decode_gluon`.
 
 For a run of sub-slots of one page, with the page's scale and offset (method.md, post-scaling)::
@@ -36,7 +37,7 @@ ATTEND = 0
 EXTREMES = 1
 """Mode: smallest and largest score of each row."""
 CALIBRATE = 2
-"""Mode: softmax over the calibrated scores; decode reads the extremes, prefill finds them."""
+"""Mode: softmax over the calibrated scores; extremes are read, or found where nothing is split."""
 
 
 @triton.jit
@@ -134,6 +135,7 @@ def _attend_kernel(
     VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
     VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
     MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr,
+    stride_os=0, stride_ls=0, SPLITS: tl.constexpr = 1,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     o_r = tl.arange(0, BM)
@@ -152,7 +154,8 @@ def _attend_kernel(
         o_h = i_head * GROUP + o_r
         o_o = tl.zeros([BM], tl.int32) + i_item
     else:
-        req = first_req + tl.program_id(2)
+        req = first_req + tl.program_id(2) // SPLITS
+        i_split = (tl.program_id(2) % SPLITS).to(tl.int64)
         query_begin = tl.load(p_query_start + req)
         rows = (tl.load(p_query_start + req + 1) - query_begin) * GROUP
         o_m = tl.program_id(0) * BM + o_r
@@ -162,8 +165,11 @@ def _attend_kernel(
         o_q = query_begin + o_m // GROUP
         o_h = i_head * GROUP + o_m % GROUP
         o_o = o_q
-        run_begin = 0
-        run_end = tl.load(p_num_runs + req)
+        num_runs = tl.load(p_num_runs + req)
+        run_begin = (num_runs * i_split // SPLITS).to(tl.int32)
+        run_end = (num_runs * (i_split + 1) // SPLITS).to(tl.int32)
+        p_out += i_split * stride_os
+        p_lse += i_split * stride_ls
     m_rd = m_r[:, None] & m_d[None, :]
     p_q_rows = p_q + o_q.to(tl.int64) * stride_qt + o_h * stride_qh
     q = tl.load(p_q_rows[:, None] + o_d[None, :], mask=m_rd, other=0).to(tl.float32) * scale
@@ -173,7 +179,7 @@ def _attend_kernel(
     high = tl.full([BM], float("-inf"), tl.float32)
     slope = tl.full([BM], 1.0, tl.float32)
     shift = tl.zeros([BM], tl.float32)
-    if MODE == 1 or (MODE == 2 and not DECODE):
+    if MODE == 1 or (MODE == 2 and not DECODE and SPLITS == 1):
         for i_run in range(run_begin, run_end):
             first = tl.load(p_req_runs + i_run * 2)
             token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
@@ -191,6 +197,8 @@ def _attend_kernel(
                 high = tl.maximum(high, tl.max(tl.where(m_token[None, :], s, float("-inf")), 1))
     if MODE == 1:
         p_row = o_o.to(tl.int64) * stride_lt + o_h * stride_lh
+        if not DECODE:
+            p_row += i_split * stride_ls
         tl.store(p_low + p_row, low, mask=m_r)
         tl.store(p_high + p_row, high, mask=m_r)
         return
@@ -198,6 +206,11 @@ def _attend_kernel(
         if DECODE:
             for i_other in range(tl.load(p_item_start + req), tl.load(p_item_start + req + 1)):
                 p_row = i_other * stride_lt + o_h * stride_lh
+                low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
+                high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
+        elif SPLITS > 1:
+            for i_other in range(SPLITS):
+                p_row = o_o.to(tl.int64) * stride_lt + o_h * stride_lh + i_other * stride_ls
                 low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
                 high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
         width = high - low

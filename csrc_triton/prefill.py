@@ -1,13 +1,59 @@
-"""Prefill attention over cached visual pages: later chunks, prefix hits, next turns."""
+"""Prefill attention over cached visual pages: later chunks, prefix hits, next turns.
+
+A short question after a long context makes few programs, so the runs of a request are then shared
+among several, whose results a second kernel merges.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
+import triton.language as tl
 
-from .attention import ATTEND, CALIBRATE, DOT_DTYPE, _attend_kernel
+from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words, pipeline_stages
+
+MAX_SPLITS = 16
+
+
+@triton.jit
+def _merge_kernel(
+    p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req,
+    p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_ph, max_query_len,
+    D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    i_head = tl.program_id(1)
+    req = first_req + tl.program_id(0) // max_query_len
+    row = tl.load(p_query_start + req) + tl.program_id(0) % max_query_len
+    if row >= tl.load(p_query_start + req + 1):
+        return
+    row = row.to(tl.int64)
+    o_s = tl.arange(0, SPLITS)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    lse = tl.load(p_part_lse + o_s * stride_ls + i_head * stride_ph + row)
+    top = tl.max(lse, 0)
+    weight = tl.exp(lse - tl.where(top > float("-inf"), top, 0.0))
+    p_row = p_part + (row * NUM_HEADS + i_head) * D
+    part = tl.load(p_row + o_s[:, None] * stride_os + o_d[None, :], mask=m_d[None, :], other=0)
+    total = tl.sum(weight, 0)
+    some = tl.where(total > 0, total, 1.0)
+    out = tl.sum(part * weight[:, None], 0) / some
+    p_row = p_out + row * stride_ot + i_head * stride_oh
+    tl.store(p_row + o_d, out.to(p_out.dtype.element_ty), mask=m_d)
+    tl.store(p_lse + i_head * stride_lh + row,
+             tl.where(total > 0, top + tl.log(some), float("-inf")))  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def prefill_attention(
@@ -24,6 +70,7 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     calibration: tuple[float, float] | None = None,
+    splits: int | None = None,
 ) -> None:
     """Attention of many query tokens over the visual pages of their requests' contexts.
 
@@ -54,6 +101,8 @@ def prefill_attention(
         Factor on scores, usually ``D ** -0.5``.
     calibration
         ``(tau_min, tau_max)`` of the score calibration, for each query token and head, or None.
+    splits
+        Shares of a request's runs, a power of 2; None to choose by the number of programs.
     """
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
@@ -65,19 +114,42 @@ def prefill_attention(
     bd = triton.next_power_of_2(d)
     rows = max_query_len * group
     bm = 16 if rows <= 16 else 64
-    _attend_kernel[(triton.cdiv(rows, bm), num_kv_heads, num_requests)](
-        query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
-        kv_cache.stride(0), kv_cache.stride(1),
-        tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
-        tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
-        out, out.stride(0), out.stride(1), lse, 1, lse.stride(0),
-        lse, lse, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
-        D=d, BD=bd, GROUP=group, BM=bm, BT=32 if bd > 128 else 64,
-        KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
-        KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
-        KEY_FULL=page.tile_slots(page.key_planes), VALUE_FULL=page.tile_slots(page.value_planes),
-        RANGE_OFFSET=page.range_offset // 2, MODE=ATTEND if calibration is None else CALIBRATE,
-        DECODE=False, DOT=DOT_DTYPE,
-            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
+    tiles = triton.cdiv(rows, bm)
+    if splits is None:
+        programs = tiles * num_kv_heads * num_requests
+        wanted = 2 * _multiprocessors(query.device) // programs
+        splits = min(MAX_SPLITS, 1 << max(wanted.bit_length() - 1, 0))
+    num_tokens = query.shape[0]
+    part, part_lse, low, high = out, lse, lse, lse
+    modes = (ATTEND,) if calibration is None else (CALIBRATE,)
+    stride_os = stride_ls = 0
+    if splits > 1:
+        part = query.new_empty((splits, num_tokens, num_heads, d), dtype=torch.float32)
+        part_lse, low, high = query.new_empty(
+            (3, splits, num_heads, num_tokens), dtype=torch.float32
+        )
+        stride_os, stride_ls = part.stride(0), part_lse.stride(0)
+        modes = (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE)
+    for mode in modes:
+        _attend_kernel[(tiles, num_kv_heads, num_requests * splits)](
+            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+            kv_cache.stride(0), kv_cache.stride(1),
+            tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
+            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
+            part, part.stride(-3), part.stride(-2), part_lse, 1, part_lse.stride(-2),
+            low, high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
+            D=d, BD=bd, GROUP=group, BM=bm, BT=32 if bd > 128 else 64,
+            KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
+            KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
+            KEY_FULL=page.tile_slots(page.key_planes),
+            VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
+            MODE=mode, DECODE=False, DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
+            stride_os=stride_os, stride_ls=stride_ls, SPLITS=splits, num_warps=4,
             num_stages=pipeline_stages(fmt),
-    )  # fmt: skip
+        )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(num_requests * max_query_len, num_heads)](
+            part, part_lse, stride_os, stride_ls, query_start_loc, first_request,
+            out, out.stride(0), out.stride(1), lse, lse.stride(0), part_lse.stride(1),
+            max_query_len, D=d, BD=bd, NUM_HEADS=num_heads, SPLITS=splits, num_warps=2,
+        )  # fmt: skip

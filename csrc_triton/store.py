@@ -6,6 +6,10 @@ except the slots that this step writes itself, because the page may hold old cod
 A *visual* program packs K or V of one (visual page, KV head): ranges per channel over the tokens
 that the step writes to that page, rounded to the model's dtype as they are stored; then codes
 against the rounded ranges; then 32-bit words in the order of :mod:`vllm_calibquant.format`.
+
+This file serves every format; :mod:`csrc_triton.store_gluon` does the same faster for the common
+ones.  Both are compiled without fusing multiplications and additions, so that ranges and codes are
+those of PyTorch bit for bit.
 """
 
 from __future__ import annotations
@@ -18,6 +22,16 @@ from vllm_calibquant.format import PageFormat
 
 from .metadata import StepTables
 from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words
+
+try:
+    from .store_gluon import _store_kernel as _fast_store_kernel
+
+    GLUON = True
+except ImportError:  # a Triton without Gluon
+    GLUON = False
+
+STORE_REGISTERS = 80
+"""Registers a thread of the Gluon kernel at 1 bit: three programs of 8 warps a multiprocessor."""
 
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 
@@ -123,6 +137,7 @@ def _store_visual(
     p_ranges,
     p_source,
     p_clip,
+    p_mix,
     p_levels,
     alpha,
     p_page_tokens,
@@ -151,7 +166,7 @@ def _store_visual(
             x = tl.load(p_x + row[:, None] * stride_xt + o_c[None, :], mask=m, other=0)
             low, high = _quantiles(x, o_t < n, n, alpha)
             mean = tl.sum(x.to(tl.float32), 0) / n.to(tl.float32)
-            _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D)
+            _store_ranges(p_ranges, p_clip, p_mix, p_levels, o_c, m_c, low, high, mean, D)
     else:
         o_c = tl.arange(0, BD)
         m_c = o_c < D
@@ -168,7 +183,8 @@ def _store_visual(
             low = tl.minimum(low, tl.min(tl.where(m_t[:, None], x, float("inf")), 0))
             high = tl.maximum(high, tl.max(tl.where(m_t[:, None], x, float("-inf")), 0))
             mean += tl.sum(x, 0)
-        _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean / n.to(tl.float32), D)
+        mean /= n.to(tl.float32)
+        _store_ranges(p_ranges, p_clip, p_mix, p_levels, o_c, m_c, low, high, mean, D)
     tl.debug_barrier()
 
     NB: tl.constexpr = PLANES // 8
@@ -206,78 +222,6 @@ def _store_visual(
 
 
 @triton.jit
-def _store_visual_whole(
-    i_page, i_head, p_x, stride_xt, stride_xh, p_words, p_ranges, p_clip,
-    p_page_tokens, p_page_rows,
-    D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, FULL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The same for 128 channels of equal width, without a gather for each bit.
-
-    With 16 plane blocks a plane bit, word (token group, bit) of a lane holds all its channels, so a
-    word is a sum of shifted codes over the plane blocks and the two halves.
-    """
-    n = tl.load(p_page_tokens + i_page)
-    o_t = tl.arange(0, BC)
-    o_d = tl.arange(0, D)
-    lows = tl.full([BC, D], float("inf"), tl.float32)
-    highs = tl.full([BC, D], float("-inf"), tl.float32)
-    for start in tl.static_range(0, BT, BC):
-        m_t = start + o_t < n
-        row = tl.load(p_page_rows + i_page * (SLOTS * 16) + start + o_t, mask=m_t, other=0)
-        p_row = p_x + i_head * stride_xh + row.to(tl.int64) * stride_xt
-        x = tl.load(p_row[:, None] + o_d[None, :], mask=m_t[:, None], other=0).to(tl.float32)
-        lows = tl.minimum(lows, tl.where(m_t[:, None], x, float("inf")))
-        highs = tl.maximum(highs, tl.where(m_t[:, None], x, float("-inf")))
-    clip = tl.load(p_clip + o_d)
-    low = tl.min(lows, 0) * clip
-    high = tl.max(highs, 0) * clip
-    dtype: tl.constexpr = p_ranges.dtype.element_ty
-    scale = _round(tl.div_rn(high - low, tl.full([D], (1 << BITS) - 1.0, tl.float32)), dtype)
-    offset = _round(low, dtype)
-    tl.store(p_ranges + o_d, scale)
-    tl.store(p_ranges + D + o_d, offset)
-    scale = scale.to(tl.float32)[None, :]
-    offset = offset.to(tl.float32)[None, :]
-
-    GROUPS: tl.constexpr = BC // 8
-    if TRANSPOSED:
-        o_bit = tl.reshape(tl.arange(0, 2), [1, 1, 2, 1, 1]) * 16
-        o_bit = o_bit + tl.reshape(tl.arange(0, 16), [1, 1, 1, 16, 1])
-        lane = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, 8)[None, :]
-    else:
-        o_bit = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 2]) * 16
-        o_bit = o_bit + tl.reshape(tl.arange(0, 16), [1, 1, 16, 1, 1])
-        lane = 4 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
-    for start in range(0, SLOTS * 16, BC):
-        # The rows come from L1 now; a whole page of codes would not fit the registers.
-        o_c = start + tl.arange(0, BC)
-        m_c = o_c < n
-        source = tl.load(p_page_rows + i_page * (SLOTS * 16) + o_c, mask=m_c, other=0)
-        p_source = p_x + i_head * stride_xh + source.to(tl.int64) * stride_xt
-        again = tl.load(p_source[:, None] + o_d[None, :], mask=m_c[:, None], other=0).to(tl.float32)
-        if BITS == 1:
-            codes = ((again - offset > 0.5 * scale) & (scale > 0)).to(tl.int32)
-        else:
-            codes = _code(again, scale, offset, (1 << BITS) - 1.0)
-        codes = tl.where(m_c[:, None], codes, 0)
-        group = start // 8 + tl.arange(0, GROUPS)
-        tile = group // (2 * FULL)
-        lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * (2 * BITS)
-        at = tile * (FULL * 64 * BITS) + (group - tile * (2 * FULL)) * BITS
-        at = at[:, None, None] + lane[None, :, :] * lane_words[:, None, None]
-        for b in tl.static_range(BITS):
-            bit = (codes >> b) & 1
-            if TRANSPOSED:
-                words = tl.reshape(bit, [GROUPS, 4, 2, 16, 8]) << o_bit
-                words = tl.sum(tl.sum(words, 3), 2)
-            else:
-                words = tl.reshape(bit, [GROUPS, 8, 16, 4, 2]) << o_bit
-                words = tl.sum(tl.sum(words, 4), 2)
-            tl.store(p_words + at + b, words, mask=(group < SLOTS * 2)[:, None, None])
-
-
-@triton.jit
 def _code(x, scale, offset, levels):
     """Nearest level, halves to the even one; 0 where the channel is constant."""
     steps = tl.where(scale > 0, tl.div_rn(x - offset, tl.where(scale > 0, scale, 1.0)), 0.0)
@@ -298,16 +242,17 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_ranges(p_ranges, p_clip, p_levels, o_c, m_c, low, high, mean, D: tl.constexpr):
+def _store_ranges(p_ranges, p_clip, p_mix, p_levels, o_c, m_c, low, high, mean, D: tl.constexpr):
     """Scale and offset from the extremes of each channel; its mean if it has no codes."""
     clip = tl.load(p_clip + o_c, mask=m_c, other=0)
+    mix = tl.load(p_mix + o_c, mask=m_c, other=0)
     levels = tl.load(p_levels + o_c, mask=m_c, other=0)
-    low *= clip
-    high *= clip
+    bottom = low * clip + high * mix
+    top = low * mix + high * clip
     coded = levels > 0
-    scale = tl.where(coded, tl.div_rn(high - low, tl.where(coded, levels, 1.0)), 0.0)
+    scale = tl.where(coded, tl.div_rn(top - bottom, tl.where(coded, levels, 1.0)), 0.0)
     tl.store(p_ranges + o_c, _round(scale, p_ranges.dtype.element_ty), mask=m_c)
-    offset = _round(tl.where(coded, low, mean), p_ranges.dtype.element_ty)
+    offset = _round(tl.where(coded, bottom, mean), p_ranges.dtype.element_ty)
     tl.store(p_ranges + D + o_c, offset, mask=m_c)
 
 
@@ -316,13 +261,12 @@ def _store_kernel(
     p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
     p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_visual,
     p_plan, p_page_ids, p_page_tokens, p_page_rows,
-    p_key_source, p_value_source, p_key_clip, p_value_clip, p_key_levels, p_value_levels,
-    key_alpha, value_alpha,
+    p_key_source, p_value_source, p_key_clip, p_value_clip, p_key_mix, p_value_mix,
+    p_key_levels, p_value_levels, alpha,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     KEY_PLANES: tl.constexpr, VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr,
     KEY_FULL: tl.constexpr, VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    QUANTILE: tl.constexpr, WHOLE_BITS: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    QUANTILE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -336,33 +280,20 @@ def _store_kernel(
             page = tl.load(p_page_ids + i_page).to(tl.int64)
             # stride_page and stride_head count 16-bit numbers; a word has two.
             base = page * stride_page + i_head * stride_head
-            p_value_words = p_words + base // 2 + SLOTS * KEY_PLANES // 2
             if i % 2 == 0:
-                if WHOLE_BITS > 0:
-                    _store_visual_whole(
-                        i_page, i_head, p_key, stride_kt, stride_kh,
-                        p_words + base // 2, p_cache + base + RANGE_OFFSET, p_key_clip,
-                        p_page_tokens, p_page_rows, D, WHOLE_BITS, SLOTS, KEY_FULL, False, BT, BC,
-                    )  # fmt: skip
-                else:
-                    _store_visual(
-                        i_page, i_head, p_key, stride_kt, stride_kh,
-                        p_words + base // 2, p_cache + base + RANGE_OFFSET,
-                        p_key_source, p_key_clip, p_key_levels, key_alpha,
-                        p_page_tokens, p_page_rows,
-                        D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
-                    )  # fmt: skip
-            elif WHOLE_BITS > 0:
-                _store_visual_whole(
-                    i_page, i_head, p_value, stride_vt, stride_vh,
-                    p_value_words, p_cache + base + RANGE_OFFSET + 2 * D, p_value_clip,
-                    p_page_tokens, p_page_rows, D, WHOLE_BITS, SLOTS, VALUE_FULL, True, BT, BC,
+                _store_visual(
+                    i_page, i_head, p_key, stride_kt, stride_kh,
+                    p_words + base // 2, p_cache + base + RANGE_OFFSET,
+                    p_key_source, p_key_clip, p_key_mix, p_key_levels, alpha,
+                    p_page_tokens, p_page_rows,
+                    D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
                 )  # fmt: skip
             else:
                 _store_visual(
                     i_page, i_head, p_value, stride_vt, stride_vh,
-                    p_value_words, p_cache + base + RANGE_OFFSET + 2 * D,
-                    p_value_source, p_value_clip, p_value_levels, value_alpha,
+                    p_words + base // 2 + SLOTS * KEY_PLANES // 2,
+                    p_cache + base + RANGE_OFFSET + 2 * D,
+                    p_value_source, p_value_clip, p_value_mix, p_value_levels, alpha,
                     p_page_tokens, p_page_rows,
                     D, BD, VALUE_PLANES, SLOTS, VALUE_FULL, True, QUANTILE, BT, BC, BW,
                 )  # fmt: skip
@@ -377,6 +308,7 @@ def store(
     slot_mapping: torch.Tensor,
     *,
     quantile: float | None = None,
+    kernel: str = "auto",
 ) -> None:
     """Write the step's K and V into text blocks and visual pages.
 
@@ -385,12 +317,11 @@ def store(
     tables
         The step's tables (:func:`csrc_triton.build_tables`).
     fmt
-        Page format with clip factors.
+        Page format with the weights of ranges.
     key, value
         ``[num_tokens, num_kv_heads, D]`` in the cache's dtype, last dimension contiguous; K after
         RoPE.  With a static basis (method.md, last section) pass the transformed tensors: ranges
-        and codes are per component of whatever is given, so text tokens then need a launch of
-        their own.
+        and codes are per component of whatever is given.
     kv_cache
         ``[num_blocks, num_kv_heads, 16, 2 D]``, one contiguous run for each (page, head).
     slot_mapping
@@ -398,11 +329,14 @@ def store(
     quantile
         None for ranges from the extremes; otherwise the share (0 .. 0.5) of a channel's values
         beyond the range at either end, with linear interpolation as ``torch.quantile`` does.
+    kernel
+        "gluon", "triton", or "auto": Gluon where it serves the format, the device and the strides.
 
     Raises
     ------
     ValueError
-        For a dtype other than the cache's, a strided last dimension, or a split (page, head).
+        For a dtype other than the cache's, a strided last dimension, a split (page, head), or if
+        ``kernel="gluon"`` does not serve the call.
     """
     num_tokens, num_heads = key.shape[:2]
     page = fmt.page
@@ -413,38 +347,106 @@ def store(
     if num_tokens == 0:
         return
     words = cache_words(kv_cache)
+    # A request's visual blocks of a step fill pages in order, so all but its last page are full.
+    visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_reqs)
+    use_gluon = (
+        kernel != "triton"
+        and quantile is None
+        and gluon_stores(fmt, key.device)
+        and _aligned(key)
+        and _aligned(value)
+    )
+    if use_gluon:
+        _launch_gluon(tables, fmt, key, value, kv_cache, words, slot_mapping, visual)
+        return
+    if kernel == "gluon":
+        raise ValueError("the Gluon kernel does not serve this call")
     sizes = block_constants(fmt, quantile=quantile is not None)
     sizes["BR"] = 8 if num_tokens <= 512 else 32
     text_tiles = triton.cdiv(num_tokens, sizes["BR"])
-    # A request's visual blocks of a step fill pages in order, so all but its last page are full.
-    visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_reqs)
-    alpha = 0.0 if quantile is None else quantile
-    limit = {"maxnreg": 128} if sizes["WHOLE_BITS"] and key.is_cuda else {}
     _store_kernel[(text_tiles + 2 * visual, num_heads)](
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, visual,
         tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
         fmt.key_source, fmt.value_source, fmt.key_clips, fmt.value_clips,
-        fmt.key_levels, fmt.value_levels, alpha, alpha,
+        fmt.key_mixes, fmt.value_mixes, fmt.key_levels, fmt.value_levels, quantile or 0.0,
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
         SLOTS=page.slots, KEY_FULL=page.tile_slots(page.key_planes),
         VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
-        **sizes, num_warps=8, **limit,
+        **sizes, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
+def gluon_stores(fmt: DeviceFormat, device: torch.device) -> bool:
+    """Whether the Gluon kernel serves a format and device."""
+    page, bits = fmt.page, fmt.uniform_bits
+    return (
+        GLUON
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and bits in (1, 2, 4)
+        and page.head_size in (64, 128)
+        and (bits > 1 or page.slots % 2 == 0)
+    )
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether each row of a head begins at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+
+
+def _launch_gluon(
+    tables: StepTables,
+    fmt: DeviceFormat,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    words: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    visual: int,
+) -> None:
+    num_tokens, num_heads = key.shape[:2]
+    # A program copies a few rows of text of one head in a decode step, and of all heads in a large
+    # step, where most programs find nothing.
+    rows, head_step = (8, num_heads) if num_tokens <= 512 else (32, 1)
+    constants = gluon_constants(fmt)
+    warps = constants["NUM_WARPS"]
+    limit = {"maxnreg": STORE_REGISTERS} if fmt.uniform_bits == 1 else {}
+    k, v = key.view(torch.int32), value.view(torch.int32)
+    text_tiles = triton.cdiv(num_tokens, rows)
+    _fast_store_kernel[(2 * visual * num_heads + text_tiles * head_step,)](
+        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
+        visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
+        fmt.key_clips, fmt.value_clips, fmt.key_mixes, fmt.value_mixes,
+        BR=rows, HOPPER=torch.cuda.get_device_capability(key.device) >= (9, 0), **constants,
+        num_warps=warps, enable_fp_fusion=False, **limit,
+    )  # fmt: skip
+
+
+def gluon_constants(fmt: DeviceFormat) -> dict[str, int]:
+    """Constants of the Gluon kernel for a format: a warp has 32 tokens of a page."""
+    page, bits = fmt.page, fmt.uniform_bits
+    return {
+        "D": page.head_size,
+        "BITS": bits,
+        "SLOTS": page.slots,
+        "FULL": page.tile_slots(page.key_planes),
+        "RANGE_OFFSET": page.range_offset // 2,
+        "NUM_WARPS": 8 // bits,
+    }
+
+
 def block_constants(fmt: DeviceFormat, *, quantile: bool) -> dict[str, int]:
-    """Block sizes of the kernel for a format."""
+    """Block sizes of the plain kernel for a format."""
     page = fmt.page
-    whole = fmt.uniform_bits if page.head_size == 128 and not quantile else 0
     return {
         "D": page.head_size,
         "BD": triton.next_power_of_2(page.head_size),
         "BR": 8,
-        "WHOLE_BITS": whole,
         "QUANTILE": quantile,
-        "BT": triton.next_power_of_2(max(page.tokens, 64)) if quantile or whole else 32,
-        "BC": 32 if whole else 16,
+        "BT": triton.next_power_of_2(max(page.tokens, 64)) if quantile else 32,
+        "BC": 16,
         "BW": 1024,
     }
 
@@ -455,6 +457,7 @@ def quantise(
     clip: torch.Tensor,
     dtype: torch.dtype,
     quantile: float | None = None,
+    mix: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes and ranges of the tokens of one page and head, in plain PyTorch.
 
@@ -462,8 +465,10 @@ def quantise(
     ----------
     x
         ``[n, D]``.
-    bits, clip
-        Bits and clip factor of each component.
+    bits
+        Bits of each component.
+    clip, mix
+        Weights a and b of a range (:class:`csrc_triton.DeviceFormat`) of each component.
     dtype
         Dtype in which scale and offset are stored; the codes are chosen against the rounded ranges.
     quantile
@@ -482,7 +487,7 @@ def quantise(
         low, high = x.amin(0), x.amax(0)
     else:
         low, high = torch.quantile(x, torch.tensor([quantile, 1 - quantile]), dim=0)
-    low, high = low * clip, high * clip
+    low, high = low * clip + high * mix, low * mix + high * clip
     scale = torch.where(levels > 0, (high - low) / levels.clamp(min=1), 0).to(dtype)
     offset = torch.where(levels > 0, low, x.mean(0)).to(dtype)
     s = scale.float()
@@ -516,15 +521,13 @@ def naive_store(
     for page, rows in pages:
         for head in range(key.shape[1]):
             k, ks, ko = quantise(
-                key[rows, head], page_format.key_bits, fmt.key_clips, page_format.dtype, quantile
-            )
+                key[rows, head], page_format.key_bits, fmt.key_clips, page_format.dtype, quantile,
+                fmt.key_mixes,
+            )  # fmt: skip
             v, vs, vo = quantise(
-                value[rows, head],
-                page_format.value_bits,
-                fmt.value_clips,
-                page_format.dtype,
-                quantile,
-            )
+                value[rows, head], page_format.value_bits, fmt.value_clips, page_format.dtype,
+                quantile, fmt.value_mixes,
+            )  # fmt: skip
             packed = page_format.pack(k, v, torch.stack([ks, ko, vs, vo]))
             used = page_format.range_offset
             end = page_format.value_code_offset + page_format.value_code_bytes

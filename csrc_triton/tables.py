@@ -30,8 +30,11 @@ class DeviceFormat:
         Byte map of a page; ``page.dtype`` must be ``torch.bfloat16`` or ``torch.float16``.
     device
         Where the tables live.
-    key_clip, value_clip
-        Factor c on both ends of a range (method.md): a number, or one for each of the D components.
+    key_clip, value_clip, key_mix, value_mix
+        Weights a and b of a range, each a number or one for each of the D components: of a page's
+        extremes m and M the codes span ``a m + b M .. a M + b m``.  ``a = c, b = 0`` scales both
+        ends by c (method.md); ``a = (1 + c) / 2, b = (1 - c) / 2`` shrinks the range by c around
+        its midpoint.
 
     Attributes
     ----------
@@ -39,8 +42,8 @@ class DeviceFormat:
         int32 ``[max bits, D]``: the plane of bit b of component j, or -1.
     key_source, value_source : torch.Tensor
         int32 ``[2, P]``: component and bit of every plane; bit -1 for a padding plane.
-    key_clips, value_clips : torch.Tensor
-        float32 ``[D]``.
+    key_clips, value_clips, key_mixes, value_mixes : torch.Tensor
+        float32 ``[D]``: a and b of each component.
     key_levels, value_levels : torch.Tensor
         float32 ``[D]``: ``2**bits - 1`` of each component; 0 for a component without codes, which
         keeps its page mean.
@@ -55,29 +58,33 @@ class DeviceFormat:
     device: torch.device | str
     key_clip: float | tuple[float, ...] = 0.5
     value_clip: float | tuple[float, ...] = 0.3
+    key_mix: float | tuple[float, ...] = 0.0
+    value_mix: float | tuple[float, ...] = 0.0
     key_plane: torch.Tensor = field(init=False, repr=False, compare=False)
     value_plane: torch.Tensor = field(init=False, repr=False, compare=False)
     key_source: torch.Tensor = field(init=False, repr=False, compare=False)
     value_source: torch.Tensor = field(init=False, repr=False, compare=False)
     key_clips: torch.Tensor = field(init=False, repr=False, compare=False)
     value_clips: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_mixes: torch.Tensor = field(init=False, repr=False, compare=False)
+    value_mixes: torch.Tensor = field(init=False, repr=False, compare=False)
     key_levels: torch.Tensor = field(init=False, repr=False, compare=False)
     value_levels: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.page.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"the kernels serve 16-bit models, got {self.page.dtype}")
-        for name, bits, clip in (
-            ("key", self.page.key_bits, self.key_clip),
-            ("value", self.page.value_bits, self.value_clip),
+        for name, bits, clip, mix in (
+            ("key", self.page.key_bits, self.key_clip, self.key_mix),
+            ("value", self.page.value_bits, self.value_clip, self.value_mix),
         ):
-            d = self.page.head_size
-            clips = torch.as_tensor(clip, dtype=torch.float32).expand(d).to(self.device)
+            for table, weights in (("clips", clip), ("mixes", mix)):
+                x = torch.as_tensor(weights, dtype=torch.float32).expand(self.page.head_size)
+                object.__setattr__(self, f"{name}_{table}", x.contiguous().to(self.device))
             levels = torch.tensor([2.0**b - 1 for b in bits], device=self.device)
             object.__setattr__(self, f"{name}_plane", _plane_table(bits).to(self.device))
             source = torch.stack(plane_map(bits)).to(torch.int32).to(self.device)
             object.__setattr__(self, f"{name}_source", source)
-            object.__setattr__(self, f"{name}_clips", clips.contiguous())
             object.__setattr__(self, f"{name}_levels", levels)
 
     @property

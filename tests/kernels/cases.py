@@ -33,7 +33,7 @@ def make_format(
 
 def make_format_on(fmt: DeviceFormat, device: str) -> DeviceFormat:
     """The same format with its tables on another device."""
-    return DeviceFormat(fmt.page, device, fmt.key_clip, fmt.value_clip)
+    return DeviceFormat(fmt.page, device, fmt.key_clip, fmt.value_clip, fmt.key_mix, fmt.value_mix)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from csrc_triton import attention, decode, merge, metadata
-from csrc_triton.store import _store_kernel, block_constants
+from csrc_triton.store import STORE_REGISTERS, _store_kernel, block_constants, gluon_constants
 from tests.kernels.cases import make_format
 
 pytestmark = pytest.mark.skipif(
@@ -25,12 +25,13 @@ POINTERS = {
     "p_high": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32",
     "p_a_lse": "fp32",
     "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
+    "p_key_mix": "fp32", "p_value_mix": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
 }  # fmt: skip
-FLOATS = {"scale", "tau_min", "tau_max", "key_alpha", "value_alpha"}
+FLOATS = {"scale", "tau_min", "tau_max", "alpha"}
 
 
-def compile_kernel(kernel, constants, capability, source=ASTSource, **options):
+def compile_kernel(kernel, constants, capability, source=ASTSource, aligned=(), **options):
     names = kernel.arg_names
     signature = {}
     for n in names:
@@ -40,14 +41,15 @@ def compile_kernel(kernel, constants, capability, source=ASTSource, **options):
             signature[n] = "*" + POINTERS.get(n, "i32")
         else:
             signature[n] = "fp32" if n in FLOATS else "i32"
-    aligned = {
+    aligned = ("p_", "stride_page", "stride_head", *aligned)
+    hints = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n not in constants and (n.startswith("p_") or n in ("stride_page", "stride_head"))
+        if n not in constants and n.startswith(aligned)
     }
     places = {(names.index(k),): v for k, v in constants.items()}
     return triton.compile(
-        source(kernel, signature, places, aligned),
+        source(kernel, signature, places, hints),
         target=GPUTarget("cuda", capability, 32), options=options,
     )  # fmt: skip
 
@@ -73,7 +75,37 @@ def test_metadata(capability):
 def test_store(capability, quantile, head_size, bits):
     fmt = make_format(head_size, bits)
     constants = page_constants(fmt) | block_constants(fmt, quantile=quantile)
-    compile_kernel(_store_kernel, constants, capability, num_warps=8)
+    compile_kernel(_store_kernel, constants, capability, num_warps=8, enable_fp_fusion=False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "bits"), [(90, 128, 1), (90, 64, 4), (80, 64, 1), (80, 128, 2)]
+)
+def test_gluon_store(capability, head_size, bits, tmp_path):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.store_gluon import _store_kernel
+
+    constants = gluon_constants(make_format(head_size, bits)) | {
+        "BR": 32,
+        "HOPPER": capability >= 90,
+    }
+    limit = {"maxnreg": STORE_REGISTERS} if bits == 1 else {}
+    compiled = compile_kernel(
+        _store_kernel, constants, capability, gluon.GluonASTSource, ("stride_",),
+        num_warps=constants["NUM_WARPS"], enable_fp_fusion=False, **limit,
+    )  # fmt: skip
+    assert 3 * (compiled.metadata.shared + 1024) <= 227 * 1024, "three programs a multiprocessor"
+    sass = disassembly(compiled, tmp_path)
+    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDGSTS", "MOVM", "LDL", "STL")}
+    words = head_size // 2
+    assert count["LDGSTS"] == words // 4, "16 bytes a copy"
+    assert count["MOVM"] == 4 * bits
+    # Some versions keep invariants of the loop over pages in local memory, but no data.
+    assert count["LDL"] + count["STL"] < 64, "registers spill to local memory"
+    if bits == 1:  # a comparison and a LOP3 take two channels of a token
+        compare = "HSET2" if capability >= 90 else r"HFMA2"
+        assert len(re.findall(rf"\b{compare}\b", sass)) == words
+        assert len(re.findall(r"\bLOP3\b", sass)) < words + 160
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """The kernels on a GPU, compiled, against the same float64 twins."""
 
+import itertools
+
 import pytest
 import torch
 
+from csrc_triton import DeviceFormat
 from tests.kernels.cases import make_format
 from tests.kernels.interpreted import test_decode, test_prefill, test_store
+from vllm_calibquant.format import PageFormat
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 LONG = [
     [1, (14, 0, 14), (14, 0, 14), (9, 0, 9), 2],
@@ -53,19 +54,36 @@ def test_decode_widths(bits, group):
                     kernel="auto", device="cuda")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", test_store.FORMATS)
-def test_store_formats(name):
-    fmt = make_format(**test_store.FORMATS[name])
-    n = fmt.page.slots
-    slots = [2 * 16 + i for i in range(9, 16)]
-    for page in (5, 6, 4):
-        count = n if page == 5 else min(2, n)
-        slots += [test_store.tag(page, s) * 16 + i for s in range(count) for i in range(16)]
-    slots += [3 * 16 + i for i in range(3)] + [-1, -1]
-    got, want = test_store.run(fmt, slots, device="cuda")
-    # The GPU fuses multiply and subtract: here and there a range rounds to the neighbouring number,
-    # and codes next to a threshold follow it.
-    assert test_store.differing_bits(got, want) <= want.numel() * 16 * 0.002
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_size", "bits"), itertools.product((64, 128), (1, 2, 4)))
+def test_store_is_that_of_pytorch_bit_for_bit(head_size, bits, dtype, kernel, seed):
+    fmt = make_format(head_size, bits, dtype)
+    slots = test_store.ragged_slots(fmt, seed)
+    got, want = test_store.run(fmt, slots, device="cuda", kernel=kernel, seed=seed)
+    assert test_store.differing_bits(got, want) == 0
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("middle", [False, True])
+def test_store_range_of_each_component(bits, middle):
+    clip = (0.2, 0.5, 0.9, 1.0) * 32  # 0.5: a constant channel lies far from its range
+    weights = test_store.shrunk(clip) if middle else (clip, 0.0)
+    fmt = DeviceFormat(PageFormat.uniform(128, bits), "cpu", *(w for w in weights for _ in "kv"))
+    slots = test_store.ragged_slots(fmt, 3)
+    got, want = test_store.run(fmt, slots, device="cuda", kernel="gluon")
+    assert test_store.differing_bits(got, want) == 0
+
+
+@pytest.mark.parametrize("name", ["1 bit", "per component"])
+@pytest.mark.parametrize("head_size", [80, 96, 112, 256])
+def test_store_generic(name, head_size):
+    bits = ((3, 2, 1, 0) * (head_size // 4), (1, 0, 1, 0) * (head_size // 4))
+    fmt = make_format(head_size, bits if name == "per component" else 1)
+    got, want = test_store.run(fmt, test_store.ragged_slots(fmt, head_size), device="cuda")
+    # A mean is summed in another order: it may round to the neighbouring 16-bit number.
+    assert test_store.differing_bits(got, want) <= (40 if name == "per component" else 0)
 
 
 @pytest.mark.parametrize("quantile", [0.02, 0.25])
@@ -80,6 +98,13 @@ def test_store_quantile(quantile):
 @pytest.mark.parametrize(("head_size", "bits", "group"), [(64, 1, 7), (80, 1, 1), (128, 2, 4)])
 def test_prefill_later_chunks(head_size, bits, group, calibration):
     test_prefill.run_chunks(head_size, bits, group, calibration, device="cuda")
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize(("head_size", "bits"), [(64, 4), (128, 1)])
+@pytest.mark.parametrize("splits", [1, 2, 16])
+def test_prefill_shares_of_a_context(head_size, bits, splits, calibration):
+    test_prefill.run_chunks(head_size, bits, 7, calibration, device="cuda", splits=splits)
 
 
 def test_graph_replays_follow_the_tables():

@@ -1,12 +1,15 @@
 """store against naive_store."""
 
+import random
+
 import pytest
 import torch
 
-from csrc_triton import allocate_tables, build_tables, store
+from csrc_triton import DeviceFormat, allocate_tables, build_tables, store
 from csrc_triton.metadata import naive_tables
-from csrc_triton.store import naive_store
+from csrc_triton.store import naive_store, quantise
 from tests.kernels.cases import Pool, make_format, make_format_on
+from vllm_calibquant.format import PageFormat
 from vllm_calibquant.tags import tag
 
 FORMATS = {
@@ -19,8 +22,8 @@ FORMATS = {
 }
 
 
-def run(fmt, slots, *, quantile=None, heads=2, device="cpu"):
-    pool = Pool(fmt, heads, 12)
+def run(fmt, slots, *, quantile=None, heads=2, device="cpu", kernel="auto", seed=0):
+    pool = Pool(fmt, heads, 12, seed=seed)
     d = fmt.page.head_size
     mapping = torch.tensor(slots, dtype=torch.int64)
     wide = pool.numbers(len(slots), heads, 2 * d + 8)  # K and V are strided views of a QKV tensor
@@ -37,9 +40,26 @@ def run(fmt, slots, *, quantile=None, heads=2, device="cpu"):
     naive_store(naive_tables(row, one, starts, mapping)["pages"], fmt, key, value, want, mapping,
                 quantile=quantile)  # fmt: skip
     cache = pool.cache.to(device)
-    on_device = make_format_on(fmt, device)
-    store(tables, on_device, key.to(device), value.to(device), cache, step[3], quantile=quantile)
+    wide = wide.to(device)
+    store(tables, make_format_on(fmt, device), wide[..., :d], wide[..., d : 2 * d], cache, step[3],
+          quantile=quantile, kernel=kernel)  # fmt: skip
     return cache.cpu(), want
+
+
+def ragged_slots(fmt, seed):
+    """Text runs that begin and end in mid-block between pages of random length, and padding."""
+    rng = random.Random(seed)
+    pages = list(range(12))
+    rng.shuffle(pages)
+    slots = []
+    for _ in range(4):
+        count = rng.randint(1, fmt.page.slots)
+        visual = pages.pop()
+        slots += [tag(visual, s) * 16 + i for s in range(count) for i in range(16)]
+        text = pages.pop() * 16 + rng.randint(0, 12)
+        slots += list(range(text, text + rng.randint(1, 16 - text % 16)))
+        slots += [-1] * rng.randint(0, 2)
+    return slots
 
 
 def differing_bits(a, b):
@@ -57,6 +77,27 @@ def test_formats(name):
     slots += [3 * 16 + i for i in range(3)] + [-1, -1]
     got, want = run(fmt, slots)
     assert differing_bits(got, want) == 0
+
+
+@pytest.mark.parametrize("clip", [0.6, (0.2, 1.0) * 32])
+def test_ranges_shrunk_around_their_middle(clip):
+    page = PageFormat.uniform(64, 2)
+    a, b = shrunk(clip)
+    fmt = DeviceFormat(page, "cpu", a, a, b, b)
+    got, want = run(fmt, ragged_slots(fmt, 1), heads=1)
+    assert differing_bits(got, want) == 0
+    x = torch.randn(40, 64) + 5
+    _, scale, offset = quantise(x, page.key_bits, fmt.key_clips, torch.float32, None, fmt.key_mixes)
+    middle = (x.amin(0) + x.amax(0)) / 2
+    assert torch.allclose(offset + 1.5 * scale, middle, atol=1e-5)
+    assert torch.allclose(3 * scale, torch.tensor(clip) * (x.amax(0) - x.amin(0)), atol=1e-5)
+
+
+def shrunk(clip):
+    """Weights of a range shrunk by ``clip`` around its middle."""
+    clip = torch.as_tensor(clip)
+    pair = ((1 + clip) / 2).tolist(), ((1 - clip) / 2).tolist()
+    return tuple(tuple(x) if isinstance(x, list) else x for x in pair)
 
 
 def test_gaps_and_odd_page():

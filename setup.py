@@ -46,6 +46,7 @@ setup(
         ],
     },
     entry_points={
+        "console_scripts": ["vllm-calibquant = vllm_calibquant.cli:main"],
         "vllm.general_plugins": ["calibquant = vllm_calibquant.plugin:register"],
         "vllm.stat_logger_plugins": ["calibquant = vllm_calibquant.metrics:CalibQuantStatLogger"],
     },

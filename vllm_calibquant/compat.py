@@ -223,3 +223,8 @@ def watch_block_tables() -> None:
 def any_visual(rows: Iterable[int]) -> bool:
     """Whether a request in one of these rows of the worker's block table has a visual block."""
     return bool(_VISUAL_REQUESTS) and not _VISUAL_REQUESTS.isdisjoint(int(row) for row in rows)
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler of an ``LLM`` whose engine runs in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler

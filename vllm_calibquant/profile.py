@@ -166,11 +166,16 @@ class Profile:
         for i, layer in self.layers.items():
             for name in PARTS:
                 part: PartProfile = getattr(layer, name)
-                prefix = f"layers.{i}.{name}."
-                tensors[prefix + "basis"] = part.basis.to(torch.bfloat16).contiguous()
-                tensors[prefix + "mean"] = part.mean.float().contiguous()
-                tensors[prefix + "bits"] = torch.tensor(part.bits, dtype=torch.uint8)
-                tensors[prefix + "factors"] = part.factors.float().contiguous()
+                found = {
+                    "basis": part.basis.to(torch.bfloat16),
+                    "mean": part.mean.float(),
+                    "bits": torch.tensor(part.bits, dtype=torch.uint8),
+                    "factors": part.factors.float(),
+                }
+                for what, tensor in found.items():
+                    # A copy: the format refuses tensors that share memory.
+                    copy = tensor.clone(memory_format=torch.contiguous_format)
+                    tensors[f"layers.{i}.{name}.{what}"] = copy
         scratch = path.with_name(path.name + ".part")
         save_file(tensors, scratch, self._metadata())
         scratch.replace(path)

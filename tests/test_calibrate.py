@@ -1,0 +1,336 @@
+"""Calibration: prompts, moments and bases against loops, the search, and a real vLLM."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.reference.checkpoints import make_checkpoint, make_image
+from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
+from vllm_calibquant.calibrate.probe import Probe, Reference, Score, divergence
+from vllm_calibquant.calibrate.prompts import Prompt, load_prompts
+from vllm_calibquant.calibrate.search import (
+    Budget,
+    Choice,
+    Designer,
+    State,
+    plain_profile,
+    search,
+)
+from vllm_calibquant.cli import main
+from vllm_calibquant.config import ConfigError
+from vllm_calibquant.profile import ModelIdentity, load_profile
+
+MODEL = ModelIdentity("llava", 3, 2, 64, 128, "0")
+
+# Prompts.
+
+
+def test_synthetic_prompts_are_reproducible() -> None:
+    one, other = (load_prompts("synthetic", 12, seed) for seed in (1, 2))
+    again = load_prompts("synthetic", 12, 1)
+    assert [p.question for p in one] == [p.question for p in again]
+    assert all(
+        a.images[0].tobytes() == b.images[0].tobytes() for a, b in zip(one, again, strict=True)
+    )
+    assert len({p.images[0].tobytes() for p in [*one, *other]}) == 24
+    assert len({p.question for p in one}) > 4
+    assert all(len(set(p.images[0].convert("L").tobytes())) > 1 for p in one)
+
+
+def test_prompts_of_a_directory(tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("L", (8, 8), ord(name)).save(tmp_path / f"{name}.png")
+    lines = [{"image": "a.png", "question": f"q{i}", "task": "x"} for i in range(9)]
+    lines.append({"image": ["a.png", "b.png"], "question": "both"})
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "prompts.jsonl").write_text(text + "\n\n", encoding="utf-8")
+    assert [p.question for p in load_prompts(str(tmp_path), 5, 1)] == ["q0", "q2", "q4", "q6", "q8"]
+    found = load_prompts(str(tmp_path / "prompts.jsonl"), 50, 1)
+    assert len(found) == 10
+    assert [i.getpixel((0, 0)) for i in found[-1].images] == [(97,) * 3, (98,) * 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no"),
+        ("\n", "has no line"),
+        ('{"image": []}', "line 1: KeyError 'question'"),
+        ('{"image": "a.png", "question": "?"}', "line 1: FileNotFoundError"),
+        ("not json", "line 1: JSONDecodeError"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "prompts.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(str(tmp_path), 5, 1)
+
+
+# Moments, bases, bits.
+
+
+def test_moments_are_sums_over_queries_and_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, t, d, scale = 13, 3, 8, 0.3
+    pages = torch.tensor([-1, 4, 4, 4, 9, 9, -1, 4, 9, -1, -1, -1, -1])
+    query = torch.randn(t, 4, d, generator=generator)
+    key, value = (torch.randn(n, 2, d, generator=generator) for _ in range(2))
+    weight = torch.randn(4, 5, d, generator=generator)
+    moments = Moments.zeros(2, d, torch.device("cpu"))
+    moments.add(query, key, value, pages, weight, scale)
+    for h in range(2):
+        a_key, c_key, a_value, c_value = (torch.zeros(d, d, dtype=torch.float64) for _ in range(4))
+        total_w = total_p = 0.0
+        for i, g in itertools.product(range(t), (2 * h, 2 * h + 1)):
+            seen = n - t + i + 1
+            q, wo = query[i, g].double(), weight[g].double()
+            p = (key[:seen, h].double() @ q * scale).softmax(0)
+            out = p @ value[:seen, h].double()
+            for token in (pages >= 0).nonzero().flatten().tolist():
+                k, v = key[token, h].double(), value[token, h].double()
+                same = pages == pages[token]
+                k_off, v_off = (
+                    k - key[same, h].double().mean(0),
+                    v - value[same, h].double().mean(0),
+                )
+                w = p[token] ** 2 * (wo @ (v - out)).square().sum() * scale**2
+                a_key += w * torch.outer(q, q)
+                c_key += w * torch.outer(k_off, k_off)
+                a_value += p[token] ** 2 * wo.T @ wo
+                c_value += p[token] ** 2 * torch.outer(v_off, v_off)
+                total_w, total_p = total_w + w, total_p + p[token] ** 2
+        for name, a, c, total in (
+            ("key", a_key, c_key, total_w),
+            ("value", a_value, c_value, total_p),
+        ):
+            metric, covariance, mean = moments.part(name)
+            torch.testing.assert_close(metric[h], a, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(covariance[h], c / total, rtol=1e-4, atol=1e-5)
+            x = (key if name == "key" else value)[pages >= 0, h].double()
+            torch.testing.assert_close(mean[h], x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_basis_makes_damage_a_sum() -> None:
+    generator = torch.Generator().manual_seed(1)
+    roots = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    metric, covariance = roots @ roots.mT
+    basis, worth = learn_basis(metric, covariance, 0.0)
+    torch.testing.assert_close(basis.norm(dim=1), torch.ones(6, dtype=torch.float64))
+    assert (worth.diff() <= 0).all()
+    # Components are uncorrelated, and losing one costs its worth.
+    inside = basis @ covariance @ basis.T
+    torch.testing.assert_close(inside, inside.diag().diag(), rtol=0, atol=1e-9)
+    inverse = torch.linalg.inv(basis)
+    for j in range(6):
+        error = inverse[:, j]
+        damage = inside[j, j] * error @ metric @ error
+        torch.testing.assert_close(damage, worth[j])
+    # A basis of something that is never looked at, or never differs, is still one.
+    for a, c in ((metric * 0, covariance), (metric, covariance * 0)):
+        basis, _ = learn_basis(a, c, 0.3)
+        assert torch.linalg.inv(basis).isfinite().all()
+
+
+def test_bits_go_where_they_help_most() -> None:
+    worth, error = [9.0, 4.0, 1.0, 0.5], [1.0, 0.3, 0.1, 0.04]
+    for planes in range(13):
+        bits, damage = place_bits(worth, planes, error)
+        assert sum(bits) == planes
+        options = (b for b in itertools.product(range(4), repeat=4) if sum(b) == planes)
+        best = min(sum(w * error[b] for w, b in zip(worth, o, strict=True)) for o in options)
+        assert damage == pytest.approx(best)
+    assert place_bits(worth, 99, error)[0] == (3, 3, 3, 3)
+
+
+def test_divergence_is_exact_or_less() -> None:
+    generator = torch.Generator().manual_seed(2)
+    p, q = torch.randn(2, 4, 50, generator=generator).log_softmax(-1)
+    whole = (p.exp() * (p - q)).sum(-1).double()
+    for count in (50, 20, 3):
+        best = p.topk(count)
+        found = divergence(Reference(0, best.indices, best.values), q)
+        assert (found <= whole + 1e-6).all()
+        if count == 50:
+            torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+        assert divergence(Reference(0, best.indices, best.values), p).max() < 1e-5
+
+
+# The search.
+
+
+@pytest.mark.parametrize(
+    ("head_size", "bits", "planes", "slots", "splits"),
+    [
+        (64, 1.0, 128, 14, {(32, 96), (64, 64), (96, 32)}),
+        (64, 1.25, 160, 10, {(32, 128), (64, 96), (96, 64), (128, 32)}),
+        (64, 1.5, 192, 9, {(64, 128), (128, 64)}),
+        (128, 1.0, 256, 14, {(k, 256 - k) for k in range(32, 256, 32)}),
+        (128, 1.25, 320, 11, {(64, 256), (128, 192), (192, 128), (256, 64)}),
+        (128, 4.0, 1024, 3, {(512, 512)}),
+    ],
+)
+def test_budgets(head_size, bits, planes, slots, splits) -> None:
+    found = Budget.of(head_size, bits)
+    assert (found.planes, found.slots, set(found.splits)) == (planes, slots, splits)
+    assert found.bits == bits
+    profile = plain_profile(replace(MODEL, head_size=head_size), found)
+    assert profile.slots(torch.bfloat16) == slots
+    assert profile.average_bits == bits
+
+
+@pytest.mark.parametrize("bits", [0.3, 4.5])
+def test_impossible_budgets_are_refused(bits: float) -> None:
+    with pytest.raises(ConfigError, match=f"--bits {bits} is not possible with a head size of 64"):
+        Budget.of(64, bits)
+
+
+@pytest.fixture
+def designer() -> Designer:
+    generator = torch.Generator().manual_seed(3)
+    layers = {}
+    for i in range(3):
+        moments = Moments.zeros(2, 64, torch.device("cpu"))
+        for name in ("query", "key", "output", "value"):
+            root = torch.randn(2, 64, 64, generator=generator, dtype=torch.float64)
+            root *= torch.logspace(0, -2, 64)  # components of very different worth
+            getattr(moments, name).copy_(root @ root.mT)
+        moments.key *= 10.0**i  # keys matter ever more
+        moments.weights += 1
+        layers[i] = moments
+    return Designer(MODEL, Budget.of(64, 1.25), layers)
+
+
+def test_profiles_of_choices(designer: Designer) -> None:
+    profile = designer.profile(Choice())
+    assert profile.slots(torch.bfloat16) == 10
+    keys = [sum(layer.key.bits) for layer in profile.layers.values()]
+    assert keys == sorted(keys)
+    assert keys[0] < keys[-1]
+    for layer in profile.layers.values():
+        assert layer.planes == 160
+        for part in (layer.key, layer.value):
+            assert list(part.bits) == sorted(part.bits, reverse=True)
+            assert not part.mean.any()
+    moved = designer.profile(replace(Choice(), splits=((1, (32, 128)),), tau=0.5, max_bits=3))
+    assert sum(moved.layers[1].key.bits) == 32
+    assert moved.calibration == (0.0, 0.5)
+    assert max(moved.layers[0].key.bits) == 3
+
+
+def test_search_keeps_what_helps(designer: Designer) -> None:
+    tried = []
+
+    def score(choice: Choice) -> Score:
+        tried.append(choice)
+        kl = 1.0 - 0.3 * (choice.damping == 1.0) - 0.2 * (choice.tau == 0.5)
+        kl -= 0.1 * any(layer == 2 for layer, _ in choice.splits)
+        kl -= 0.001 * choice.centred  # noise
+        return Score(kl, 1.0, 1.0)
+
+    choice, reached, steps = search(designer, score, 99)
+    second = designer.ranking(2, choice)[1]
+    assert choice == replace(Choice(), damping=1.0, tau=0.5, splits=((2, second),))
+    assert reached.kl == pytest.approx(0.4)
+    names = [
+        "closed form",
+        "damping 1.0",
+        "tau 0.5",
+        f"layer 2 with {second[0]} + {second[1]} planes",
+    ]
+    assert [step for step, _ in steps] == names
+    assert len(tried) == len(set(tried))
+    tried.clear()
+    assert search(designer, score, 2)[0].damping == 1.0
+    assert len(tried) == 3
+
+
+def test_a_search_goes_on(tmp_path: Path) -> None:
+    out, task = tmp_path / "p", {"bits": 1.0}
+    state = State(out, task)
+    assert (state.answers, state.scores) == (None, {})
+    state.keep({"answers": ["a", "b"]})
+    state.keep({"choice": Choice().key, "score": asdict(Score(0.5, 0.9, 0.8))})
+    again = State(out, task)
+    assert again.answers == ["a", "b"]
+    assert again.scores == {Choice().key: Score(0.5, 0.9, 0.8)}
+    assert State(out, {"bits": 2.0}).answers is None  # another task begins anew
+    State(out, task).remove()
+    assert not list(tmp_path.iterdir())
+
+
+# A real vLLM.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    with (directory / "prompts.jsonl").open("w", encoding="utf-8") as lines:
+        for i in range(3):
+            make_image(448, 448, seed=i).save(directory / f"{i}.png")
+            lines.write(json.dumps({"image": f"{i}.png", "question": f"Question {i}?"}) + "\n")
+    return directory
+
+
+def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
+    """From the command to an engine that answers as the search has seen it answer."""
+    from vllm import SamplingParams
+
+    from tests.serving.engine import Answer, Engine
+
+    out = tmp_path / "profile.safetensors"
+    llm = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
+    main(
+        ["calibrate", str(checkpoint), "--data", str(data), "--bits", "1.25", "--out", str(out)]
+        + ["--max-tokens", "5", "--trials", "2", "--llm", json.dumps(llm)]
+    )
+    said = capsys.readouterr().out
+    assert "1.25 bits a number on average, 160 visual tokens a page (10x)" in said
+    assert "--kv-cache-dtype calibquant1" in said
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    profile = load_profile(out)
+    assert profile.average_bits == 1.25
+    assert profile.notes["prompts"] == 3
+    assert profile.notes["score"]["kl"] > 1e-3  # random weights do not forgive
+
+    # What the probe calls "as after a prefix hit" is what a prefix hit gives.
+    prompts = load_prompts(str(data), 3, 1)
+    with Probe(str(checkpoint), out, 5, llm) as probe:
+        messages = [{"role": "user", "content": [
+            {"type": "image_pil", "image_pil": prompts[0].images[0]},
+            {"type": "text", "text": "Question 0?"},
+        ]}]  # fmt: skip
+        with probe._mode("codes"):
+            ids, hidden = probe._run(Prompt(prompts[0].images, "Question 0?"), "")
+            logprobs = probe._logprobs(hidden[-1:])[0]
+        with probe._mode("exact"):
+            exact = probe._logprobs(probe._run(prompts[0], "")[1][-1:])[0]
+    with Engine(checkpoint, "calibquant1", {"profile": str(out)}) as engine:
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+        other = [
+            {**messages[0], "content": [messages[0]["content"][0], {"type": "text", "text": "?"}]}
+        ]
+        engine.llm.chat(other, params, use_tqdm=False)
+        served = Answer.of(engine.llm.chat(messages, params, use_tqdm=False)[0])
+    assert served.hit == 256
+    assert list(served.prompt) == list(ids)
+    for token, logprob in served.logprobs[0].items():
+        assert logprobs[token].item() == pytest.approx(logprob, abs=1e-3)
+    assert (logprobs - exact).abs().max() > 1e-2
+
+
+def test_refusals_of_the_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no directory"):
+        main(["calibrate", "m", "--data", "synthetic", "--out", str(tmp_path / "no" / "p")])
+    with pytest.raises(SystemExit, match=r"there is no .*prompts\.jsonl"):
+        main(["calibrate", "m", "--data", str(tmp_path), "--out", str(tmp_path / "p")])

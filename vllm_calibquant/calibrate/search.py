@@ -1,0 +1,446 @@
+"""The search: which basis, bits, ranges and calibration bring a model nearest to its 16-bit self.
+
+Everything but a handful of numbers follows from the moments in closed form.  These numbers are a
+:class:`Choice`, and coordinate descent finds them: each step tries the neighbours of one, and keeps
+one that lowers the divergence of next-token distributions on the calibration prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
+from vllm_calibquant.calibrate.probe import BLOCK_SIZE, Probe, Score
+from vllm_calibquant.calibrate.prompts import SYNTHETIC, Prompt, load_prompts
+from vllm_calibquant.config import ConfigError
+from vllm_calibquant.format import MAX_SLOTS, PLANE_MULTIPLE, PageFormat
+from vllm_calibquant.profile import LayerProfile, ModelIdentity, PartProfile, Profile
+
+MAX_BITS = 4
+WORTHWHILE = 0.99
+"""A step is kept if it lowers the divergence at least to this share: less is noise."""
+
+Split = tuple[int, int]
+"""Planes of K and of V in a layer, a token and KV head."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is searched."""
+
+    error: float = 0.33
+    """Relative squared error that one more bit leaves of a component's."""
+    damping: float = 0.3
+    max_bits: int = MAX_BITS
+    centred: bool = False
+    """Whether the mean over calibration prompts is taken off before coding."""
+    factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
+    """Range factors of components with 1, 2, 3 and 4 bits."""
+    tau: float = 0.0
+    """tau_max of the calibration of scores."""
+    splits: tuple[tuple[int, Split], ...] = ()
+    """Layers whose planes are not split as the moments predict."""
+
+    @property
+    def key(self) -> str:
+        """Name in the log of the search."""
+        return json.dumps(asdict(self))
+
+
+STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("damping", (0.1, 1.0)),
+    ("error", (0.28, 0.4)),
+    ("max_bits", (3,)),
+    ("centred", (True,)),
+    ("factors", ((0.5, 0.85, 1.0, 1.0), (0.7, 0.85, 1.0, 1.0))),
+    ("factors", ((0.6, 0.75, 1.0, 1.0), (0.6, 0.95, 1.0, 1.0))),
+    ("tau", (0.5,)),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Planes of a token and KV head, and what pages make of them."""
+
+    head_size: int
+    planes: int
+    slots: int
+    splits: tuple[Split, ...]
+
+    @classmethod
+    def of(cls, head_size: int, bits: float) -> Budget:
+        """Splits with the most sub-slots for an average number of bits.
+
+        Raises
+        ------
+        ConfigError
+            If pages cannot have so many or so few planes.
+        """
+        planes = int(2 * head_size * bits / PLANE_MULTIPLE + 1e-6) * PLANE_MULTIPLE
+        most = MAX_BITS * head_size // PLANE_MULTIPLE * PLANE_MULTIPLE
+        found = {}
+        for k in range(PLANE_MULTIPLE, planes, PLANE_MULTIPLE):
+            if k <= most and planes - k <= most:
+                found[k, planes - k] = _format(head_size, (k, planes - k)).slots
+        if not found:
+            raise ConfigError(
+                f"--bits {bits:g} is not possible with a head size of {head_size}; give a number "
+                f"from {PLANE_MULTIPLE / head_size:g} to {MAX_BITS}"
+            )
+        slots = max(found.values())
+        fits = {s for s in found if _format(head_size, s, slots).slots == slots}
+        return cls(head_size, planes, slots, tuple(sorted(fits)))
+
+    @property
+    def bits(self) -> float:
+        """Average bits that there really are."""
+        return self.planes / (2 * self.head_size)
+
+
+def _even(head_size: int, planes: int) -> tuple[int, ...]:
+    return tuple(planes // head_size + (j < planes % head_size) for j in range(head_size))
+
+
+def _format(head_size: int, split: Split, max_slots: int = MAX_SLOTS) -> PageFormat:
+    key_bits, value_bits = (_even(head_size, planes) for planes in split)
+    return PageFormat(head_size, key_bits, value_bits, max_slots=max_slots)
+
+
+def plain_profile(model: ModelIdentity, budget: Budget) -> Profile:
+    """A profile to start an engine with: no basis at all, the budget's page geometry."""
+    split = min(budget.splits, key=lambda s: abs(s[0] - s[1]))
+    heads, d = model.num_kv_heads, model.head_size
+
+    def part(planes: int) -> PartProfile:
+        return PartProfile(
+            torch.eye(d).expand(heads, d, d),
+            torch.zeros(heads, d),
+            _even(d, planes),
+            torch.full((d,), 0.6),
+        )
+
+    layer = LayerProfile(part(split[0]), part(split[1]))
+    return Profile(model, dict.fromkeys(range(model.num_layers), layer))
+
+
+class Designer:
+    """From moments and a choice to a profile."""
+
+    def __init__(self, model: ModelIdentity, budget: Budget, moments: Mapping[int, Moments]):
+        self.model, self.budget, self.moments = model, budget, moments
+        self._bases: dict[tuple[int, str, float], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def profile(self, choice: Choice, notes: Mapping[str, Any] | None = None) -> Profile:
+        """The profile of a choice."""
+        moved = dict(choice.splits)
+        layers = {}
+        for i in self.moments:
+            split = moved.get(i) or self.ranking(i, choice)[0]
+            parts = (
+                self._part(i, n, p, choice) for n, p in zip(("key", "value"), split, strict=True)
+            )
+            layers[i] = LayerProfile(*parts)
+        calibration = (0.0, choice.tau) if choice.tau else None
+        return Profile(self.model, layers, calibration, notes or {})
+
+    def ranking(self, layer: int, choice: Choice) -> list[Split]:
+        """Splits of a layer by the damage that the moments predict, least first."""
+
+        def damage(split: Split) -> float:
+            return sum(
+                place_bits(self._basis(layer, n, choice)[1].tolist(), p, _errors(choice))[1]
+                for n, p in zip(("key", "value"), split, strict=True)
+            )
+
+        possible = [
+            s for s in self.budget.splits if max(s) <= choice.max_bits * self.model.head_size
+        ]
+        return sorted(possible, key=damage)
+
+    def _basis(self, layer: int, name: str, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (layer, name, choice.damping)
+        if key not in self._bases:
+            metric, covariance, _ = self.moments[layer].part(name)
+            found = [
+                learn_basis(a, c, choice.damping) for a, c in zip(metric, covariance, strict=True)
+            ]
+            bases, worth = zip(*found, strict=True)
+            # Heads share one list of bits: component by component, what all of them would lose.
+            self._bases[key] = torch.stack(bases), torch.stack(worth).sum(0)
+        return self._bases[key]
+
+    def _part(self, layer: int, name: str, planes: int, choice: Choice) -> PartProfile:
+        bases, worth = self._basis(layer, name, choice)
+        bits, _ = place_bits(worth.tolist(), planes, _errors(choice))
+        mean = self.moments[layer].part(name)[2].float()
+        return PartProfile(
+            bases.float(),
+            mean if choice.centred else torch.zeros_like(mean),
+            bits,
+            torch.tensor([choice.factors[b - 1] if b else 1.0 for b in bits]),
+        )
+
+
+def _errors(choice: Choice) -> list[float]:
+    return [choice.error**b for b in range(choice.max_bits + 1)]
+
+
+class State:
+    """What an interrupted search leaves beside its output, and takes up again.
+
+    A log with a line for the task, for the answers and for every score; moments are soon found
+    anew.
+    """
+
+    def __init__(self, out: Path, task: Mapping[str, Any]) -> None:
+        self.log = out.with_name(out.name + ".search.jsonl")
+        self.answers: list[str] | None = None
+        self.scores: dict[str, Score] = {}
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        if lines and json.loads(lines[0]) == {"task": task}:
+            for line in lines[1:]:
+                self._take(json.loads(line))
+        else:
+            self.remove()
+            self._write({"task": task})
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "answers" in record:
+            self.answers = record["answers"]
+        else:
+            self.scores[record["choice"]] = Score(**record["score"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Note answers or a score."""
+        self._write(record)
+        self._take(record)
+
+    def remove(self) -> None:
+        """Forget everything, at the end or because the task is another one."""
+        self.log.unlink(missing_ok=True)
+
+
+def moves(designer: Designer) -> Iterator[Callable[[Choice], list[Choice]]]:
+    """The steps of the search: each makes alternatives to what is best so far."""
+    for name, values in STEPS:
+
+        def change(
+            best: Choice, name: str = name, values: tuple[Any, ...] = values
+        ) -> list[Choice]:
+            new = [replace(best, **{name: v}) for v in values if v != getattr(best, name)]
+            return [c for c in new if all(designer.ranking(i, c) for i in designer.moments)]
+
+        yield change
+    for layer in designer.moments:
+
+        def move(best: Choice, layer: int = layer) -> list[Choice]:
+            second = designer.ranking(layer, best)[1:2]
+            return [replace(best, splits=(*best.splits, (layer, s))) for s in second]
+
+        yield move
+
+
+def search(
+    designer: Designer, score: Callable[[Choice], Score], limit: int
+) -> tuple[Choice, Score, list[tuple[str, float]]]:
+    """Coordinate descent.
+
+    Parameters
+    ----------
+    designer
+        Knows layers and splits.
+    score
+        Divergence of a choice.
+    limit
+        Choices to try at most, after the first.
+
+    Returns
+    -------
+    choice, score
+        The best, and what it reached.
+    steps : list of (str, float)
+        What was kept on the way, and the divergence that it had.
+    """
+    best = Choice()
+    reached = score(best)
+    steps = [("closed form", reached.kl)]
+    for move in moves(designer):
+        for option in move(best):
+            if limit <= 0:
+                return best, reached, steps
+            limit -= 1
+            found = score(option)
+            if found.kl < WORTHWHILE * reached.kl:
+                steps.append((_difference(best, option), found.kl))
+                best, reached = option, found
+    return best, reached, steps
+
+
+def _difference(one: Choice, other: Choice) -> str:
+    name = next(n for n in asdict(one) if getattr(one, n) != getattr(other, n))
+    value = getattr(other, name)
+    if name == "splits":
+        layer, (k, v) = value[-1]
+        return f"layer {layer} with {k} + {v} planes"
+    return f"{name} {value}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a calibration is asked for."""
+
+    model: str
+    data: str
+    bits: float
+    out: Path
+    count: int = 96
+    seed: int = 1
+    max_tokens: int = 32
+    trials: int = 40
+    llm: Mapping[str, Any] = field(default_factory=dict)
+
+
+def calibrate(task: Task) -> str:
+    """Search a profile and write it; the summary for the user.
+
+    An interrupted search leaves two files beside the output, and the same command goes on there.
+
+    Raises
+    ------
+    ConfigError
+        For a model, data or bits that cannot be used.
+    """
+    begin = time.perf_counter()
+    if not task.out.parent.is_dir():
+        raise ConfigError(f"--out {task.out}: there is no directory {task.out.parent}")
+    prompts = load_prompts(task.data, task.count, task.seed)
+    model, settings = _configure(task, prompts)
+    budget = Budget.of(model.head_size, task.bits)
+    state = State(task.out, _json({**asdict(task), "out": task.out.name, "model": asdict(model)}))
+    with tempfile.TemporaryDirectory() as directory:
+        start = Path(directory, "start.safetensors")
+        plain_profile(model, budget).save(start)
+        with Probe(task.model, start, task.max_tokens, settings) as probe:
+            if state.answers is None:
+                state.keep({"answers": _answers(probe, prompts)})
+            answers = state.answers or []
+            references = [
+                probe.reference(prompt, answer)
+                for prompt, answer in tqdm(
+                    list(zip(prompts, answers, strict=True)), "statistics", unit="prompt"
+                )
+            ]
+            designer = Designer(model, budget, probe.moments())
+            total = min(task.trials, _most_trials(designer)) + 1
+            with tqdm(total=total, desc="search", unit="profile") as bar:
+
+                def score(choice: Choice) -> Score:
+                    if choice.key not in state.scores:
+                        found = probe.score(designer.profile(choice), prompts, answers, references)
+                        state.keep({"choice": choice.key, "score": asdict(found)})
+                    bar.update()
+                    bar.set_postfix_str(f"KL {min(s.kl for s in state.scores.values()):.3g}")
+                    return state.scores[choice.key]
+
+                choice, reached, steps = search(designer, score, task.trials)
+    notes = {
+        "model": Path(task.model).name,
+        "data": task.data if task.data == SYNTHETIC else Path(task.data).name,
+        "prompts": len(prompts),
+        "seed": task.seed,
+        "choice": asdict(choice),
+        "score": asdict(reached),
+        "steps": steps,
+        "seconds": round(time.perf_counter() - begin),
+    }
+    profile = designer.profile(choice, notes)
+    profile.save(task.out)
+    state.remove()
+    return summary(profile, budget, task)
+
+
+def summary(profile: Profile, budget: Budget, task: Task) -> str:
+    """What was found, for people."""
+    notes, model, d = profile.notes, profile.model, profile.model.head_size
+    score = Score(**notes["score"])
+    lines = [
+        "",
+        f"{task.out}: {budget.bits:g} bits a number on average, "
+        f"{budget.slots * BLOCK_SIZE} visual tokens a page ({budget.slots}x)",
+        f"for {notes['model']}: {model.model_type}, {model.num_layers} layers, "
+        f"{model.num_kv_heads} KV heads of {d}",
+        "",
+        f"Against 16 bits, on {notes['prompts']} prompts read as after a prefix hit:",
+        f"  divergence of the next token   {score.kl:.4f} nats",
+        f"  same most likely token         {100 * score.agreement:.2f} % of positions",
+        f"  same greedy answer             {100 * score.answers:.1f} % of prompts",
+        "",
+        "How the search came there:",
+        *(f"  {kl:8.4f}  {step}" for step, kl in notes["steps"]),
+        "",
+        "Bits a number of K and of V, and components with 0, 1, 2 ... bits:",
+    ]
+    for i, layer in profile.layers.items():
+        cells = [
+            f"{sum(part.bits) / d:.2f} ({' '.join(str(part.bits.count(b)) for b in range(5))})"
+            for part in (layer.key, layer.value)
+        ]
+        lines.append(f"  layer {i:2d}   K {cells[0]:24} V {cells[1]}")
+    section = json.dumps({"calibquant": {"profile": str(task.out)}})
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"vllm serve {task.model} --kv-cache-dtype calibquant1 \\",
+            f"    --additional-config '{section}'",
+        ]
+    )
+
+
+def _answers(probe: Probe, prompts: Sequence[Prompt]) -> list[str]:
+    answers: list[str] = []
+    with tqdm(total=len(prompts), desc="answers at 16 bits", unit="prompt") as bar:
+        for i in range(0, len(prompts), 16):
+            answers += probe.answers(prompts[i : i + 16])
+            bar.update(len(prompts[i : i + 16]))
+    return answers
+
+
+def _most_trials(designer: Designer) -> int:
+    return sum(len(values) for _, values in STEPS) + len(designer.moments)
+
+
+def _configure(task: Task, prompts: Sequence[Prompt]) -> tuple[ModelIdentity, dict[str, Any]]:
+    """The model's identity, and arguments of ``LLM``: prompts one at a time need little."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    images = max(len(prompt.images) for prompt in prompts)
+    settings = {
+        "max_num_seqs": 16,
+        "limit_mm_per_prompt": {"image": images, "video": 0},
+        **task.llm,
+    }
+    model = EngineArgs(task.model, **settings).create_model_config()
+    length = settings.setdefault("max_model_len", min(8192, model.max_model_len))
+    settings.setdefault("max_num_batched_tokens", max(8192, length))
+    if current_platform.is_cpu():
+        settings.setdefault("kv_cache_memory_bytes", 1 << 30)
+    return ModelIdentity.of(model), settings
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -178,15 +178,40 @@ def crossing_region(runs: list[Run]) -> list[str]:
     return [*lines, "", f"![decode speed by visual share](benchmarks/records/{PLOT})"]
 
 
-REGIONS: dict[str, Callable[[list[Run]], list[str]]] = {
-    "serving goals": goals_region,
-    "serving": dtypes_region,
-    "serving crossings": crossing_region,
+def kernels_region(folder: Path) -> list[str]:
+    """Decode attention of the newest record of :mod:`benchmarks.kernels`."""
+    paths = sorted(folder.glob("kernels-[0-9]*.json"))
+    if not paths:
+        return ["The kernels have not been measured yet."]
+    record = json.loads(paths[-1].read_text(encoding="utf-8"))
+    header = ["query × KV heads, tokens × batch", "FA3 bf16", "FA3 fp8"]
+    rows = []
+    for found in record["decode"]:
+        heads, kv_heads, tokens, batch = found["shape"]
+        stock = found["fa3_bf16_us"]
+        row = [f"{heads} × {kv_heads}, {tokens:,} × {batch}", number(stock)]
+        row.append(number(found["fa3_fp8_us"]))
+        for name in ("plain_us", "calibrated_us"):
+            row += [number(found[name]), f"{stock / found[name]:.1f}x"]
+        rows.append(row)
+    return [
+        *table([*header, "1 bit", "", "1 bit, calibrated", ""], rows),
+        "",
+        f"{record['device']}, {record['date'][:10]}, "
+        f"[{paths[-1].name}](benchmarks/records/{paths[-1].name}).",
+    ]
+
+
+REGIONS: dict[str, Callable[[Path], list[str]]] = {
+    "decode kernels": kernels_region,
+    "serving goals": lambda folder: goals_region(load_runs(folder)),
+    "serving": lambda folder: dtypes_region(load_runs(folder)),
+    "serving crossings": lambda folder: crossing_region(load_runs(folder)),
 }
 
 
-def render(text: str, runs: list[Run]) -> str:
-    """A README with its regions made anew.
+def render(text: str, folder: Path) -> str:
+    """A README with its regions made anew from a folder of records.
 
     Raises
     ------
@@ -199,7 +224,7 @@ def render(text: str, runs: list[Run]) -> str:
             raise ValueError(f"README.md needs the marks {first!r} and {last!r}, once each")
         head, rest = text.split(first)
         tail = rest.split(last)[1]
-        text = "\n".join([head + first, "", *make(runs), "", last]) + tail
+        text = "\n".join([head + first, "", *make(folder), "", last]) + tail
     return text
 
 
@@ -262,12 +287,11 @@ def plot_digest(path: Path) -> str | None:
 
 def problems(readme: Path = README, folder: Path = RECORDS) -> list[str]:
     """Where README and plots do not say what the records say."""
-    runs = load_runs(folder)
     found = []
     text = readme.read_text(encoding="utf-8")
-    if render(text, runs) != text:
+    if render(text, folder) != text:
         found.append(f"{readme.name} does not say what the records say")
-    data = plot_data(runs)
+    data = plot_data(load_runs(folder))
     if data and plot_digest(folder / PLOT) != digest(data):
         found.append(f"{PLOT} does not show what the records say")
     return [f"{problem}; run python -m benchmarks.report" for problem in found]
@@ -282,12 +306,11 @@ def main() -> None:
         found = problems()
         print("\n".join(found) or "README and plots agree with the records")
         sys.exit(bool(found))
-    runs = load_runs()
-    README.write_text(render(README.read_text(encoding="utf-8"), runs), encoding="utf-8")
-    data = plot_data(runs)
+    README.write_text(render(README.read_text(encoding="utf-8"), RECORDS), encoding="utf-8")
+    data = plot_data(load_runs())
     if data:
         plot(data, RECORDS / PLOT)
-    print(f"{README.name}: {', '.join(REGIONS)}; {len(runs)} runs")
+    print(f"{README.name}: {', '.join(REGIONS)}")
 
 
 if __name__ == "__main__":

@@ -119,13 +119,12 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     readme = tmp_path / "README.md"
     marks = [line for name in report.REGIONS for line in (report.begin(name), report.end(name))]
     readme.write_text("\n".join(["before", *marks, "after"]))
-    runs = load_runs(tmp_path)
-    text = report.render(readme.read_text(), runs)
+    text = report.render(readme.read_text(), tmp_path)
     assert "8.50x (85 against 10), goal >= 8" in text
     assert text.startswith("before\n") and text.endswith("\nafter")
-    assert report.render(text, runs) == text
+    assert report.render(text, tmp_path) == text
     readme.write_text(text)
-    data = report.plot_data(runs)
+    data = report.plot_data(load_runs(tmp_path))
     assert [p.split(";")[0] for p in report.problems(readme, tmp_path)] == [
         f"{report.PLOT} does not show what the records say"
     ]
@@ -135,4 +134,4 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     readme.write_text(text.replace("85 against", "95 against"))
     assert len(report.problems(readme, tmp_path)) == 1
     with pytest.raises(ValueError, match="needs the marks"):
-        report.render("no marks", runs)
+        report.render("no marks", tmp_path)

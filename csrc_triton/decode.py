@@ -19,7 +19,7 @@ try:
 except ImportError:  # a Triton without Gluon: the plain kernels serve everything
     GLUON = False
 
-MAX_REGISTERS = {ATTEND: 232, EXTREMES: 144, CALIBRATE: 232}
+MAX_REGISTERS = {ATTEND: 168, EXTREMES: 112, CALIBRATE: 168}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
 
 

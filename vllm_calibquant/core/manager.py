@@ -89,15 +89,19 @@ class MixedPageManager(FullAttentionManager):
         leaves a layout to execute.
         """
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        layout = step_layout(
-            self.spans(request_id),
-            total_computed_tokens,
-            num_tokens_main_model,
-            first_block=held,
-            num_blocks=max(cdiv(num_tokens, self.block_size) - held, 0),
-            block_size=self.block_size,
-            slots=self.kv_cache_spec.slots,
-        )
+        num_blocks = max(cdiv(num_tokens, self.block_size) - held, 0)
+        if num_blocks:
+            layout = step_layout(
+                self.spans(request_id),
+                total_computed_tokens,
+                num_tokens_main_model,
+                first_block=held,
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                slots=self.kv_cache_spec.slots,
+            )
+        else:
+            layout = StepLayout(held, 0, ())  # most steps of a decode: worth being quick
         if not apply_admission_cap:
             self._layouts[request_id] = layout
         return layout.num_pages + self._get_num_evictable_blocks(new_computed_blocks)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.reference.checkpoints import make_checkpoint, make_image
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
-from vllm_calibquant.calibrate.probe import Probe, Reference, Score, divergence
+from vllm_calibquant.calibrate.probe import Answer, Probe, Reference, Score, divergence
 from vllm_calibquant.calibrate.prompts import Prompt, load_prompts
 from vllm_calibquant.calibrate.search import (
     Budget,
@@ -254,10 +254,10 @@ def test_a_search_goes_on(tmp_path: Path) -> None:
     out, task = tmp_path / "p", {"bits": 1.0}
     state = State(out, task)
     assert (state.answers, state.scores) == (None, {})
-    state.keep({"answers": ["a", "b"]})
+    state.keep({"answers": [["a", 300], ["b", 310]]})
     state.keep({"choice": Choice().key, "score": asdict(Score(0.5, 0.9, 0.8))})
     again = State(out, task)
-    assert again.answers == ["a", "b"]
+    assert again.answers == [Answer("a", 300), Answer("b", 310)]
     assert again.scores == {Choice().key: Score(0.5, 0.9, 0.8)}
     assert State(out, {"bits": 2.0}).answers is None  # another task begins anew
     State(out, task).remove()
@@ -286,7 +286,8 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
     """From the command to an engine that answers as the search has seen it answer."""
     from vllm import SamplingParams
 
-    from tests.serving.engine import Answer, Engine
+    from tests.serving.engine import Answer as Served
+    from tests.serving.engine import Engine
 
     out = tmp_path / "profile.safetensors"
     llm = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
@@ -300,7 +301,7 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     profile = load_profile(out)
     assert profile.average_bits == 1.25
-    assert profile.notes["prompts"] == 3
+    assert (profile.notes["prompts"], profile.notes["held_out"]) == (3, 2)
     assert profile.notes["score"]["kl"] > 1e-3  # random weights do not forgive
 
     # What the probe calls "as after a prefix hit" is what a prefix hit gives.
@@ -321,7 +322,7 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
             {**messages[0], "content": [messages[0]["content"][0], {"type": "text", "text": "?"}]}
         ]
         engine.llm.chat(other, params, use_tqdm=False)
-        served = Answer.of(engine.llm.chat(messages, params, use_tqdm=False)[0])
+        served = Served.of(engine.llm.chat(messages, params, use_tqdm=False)[0])
     assert served.hit == 256
     assert list(served.prompt) == list(ids)
     for token, logprob in served.logprobs[0].items():

@@ -55,6 +55,10 @@ class Moments:
         """The same on the host."""
         return Moments(*(getattr(self, f.name).cpu() for f in fields(self)))
 
+    def __add__(self, other: Moments) -> Moments:
+        """Over the prompts of both."""
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def add(
         self,
         query: torch.Tensor,

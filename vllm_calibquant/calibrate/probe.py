@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -54,6 +54,14 @@ class Reference:
     """int64 ``[T, K]``: most likely next tokens."""
     logprobs: torch.Tensor
     """float32 ``[T, K]``."""
+
+
+class Answer(NamedTuple):
+    """What the 16-bit model says."""
+
+    text: str
+    prompt_tokens: int
+    """Tokens of the question with its images, before the answer's."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ class Probe:
             for layer in self.watched.layers.values():
                 layer.mode = "exact"
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+    def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Greedy answers at 16 bits: for the time being, no modality goes into codes."""
         specs = [manager.kv_cache_spec for manager in self.managers]
         for manager, spec in zip(self.managers, specs, strict=True):
@@ -235,20 +243,19 @@ class Probe:
         finally:
             for manager, spec in zip(self.managers, specs, strict=True):
                 manager.kv_cache_spec = spec
-        return [output.outputs[0].text for output in outputs]
+        return [Answer(o.outputs[0].text, len(o.prompt_token_ids)) for o in outputs]
 
-    def reference(self, prompt: Prompt, answer: str) -> Reference:
-        """The 16-bit model's distributions along an answer, and the prompt's moments."""
-        question = self._chat([_messages(prompt)], 1)[0].prompt_token_ids
+    def reference(self, prompt: Prompt, answer: Answer) -> Reference:
+        """The 16-bit model's distributions along an answer; takes in the prompt's moments."""
         with self._mode("moments"):
-            ids, hidden = self._run(prompt, answer)
-        first = _common(question, ids) - 1
+            hidden = self._run(prompt, answer.text)[1]
+        first = answer.prompt_tokens - 1
         logprobs = self._logprobs(hidden[first:])
         best = logprobs.topk(min(CANDIDATES, logprobs.shape[1]))
         return Reference(first, best.indices, best.values)
 
     def moments(self) -> dict[int, Moments]:
-        """Moments of every layer over the references so far.
+        """Moments of every layer over the references since this was last called.
 
         Raises
         ------
@@ -256,6 +263,8 @@ class Probe:
             If there is nothing to learn from.
         """
         found = {i: layer.moments for i, layer in sorted(self.watched.layers.items())}
+        for layer in self.watched.layers.values():
+            layer.moments = None
         if not all(m is not None and m.weights[2].all() for m in found.values()):
             raise ConfigError(
                 "the prompts of --data fill no visual page, which takes 32 visual tokens in a row; "
@@ -266,16 +275,15 @@ class Probe:
     def score(
         self,
         profile: Profile,
-        prompts: Sequence[Prompt],
-        answers: Sequence[str],
+        asked: Sequence[tuple[Prompt, Answer]],
         references: Sequence[Reference],
     ) -> Score:
         """Compare the answers' distributions under a profile with those at 16 bits."""
         self.use(profile)
         divergences, same, whole = [], [], []
         with self._mode("codes"):
-            for prompt, answer, reference in zip(prompts, answers, references, strict=True):
-                _, hidden = self._run(prompt, answer)
+            for (prompt, answer), reference in zip(asked, references, strict=True):
+                hidden = self._run(prompt, answer.text)[1]
                 logprobs = self._logprobs(hidden[reference.first :])
                 divergences.append(divergence(reference, logprobs))
                 equal = logprobs.argmax(-1) == reference.tokens[:, 0]
@@ -328,14 +336,6 @@ class Probe:
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:
     images = [{"type": "image_pil", "image_pil": image} for image in prompt.images]
     return [{"role": "user", "content": [*images, {"type": "text", "text": prompt.question}]}]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return min(len(one), len(other))
 
 
 def divergence(reference: Reference, logprobs: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 Everything but a handful of numbers follows from the moments in closed form.  These numbers are a
 :class:`Choice`, and coordinate descent finds them: each step tries the neighbours of one, and keeps
-one that lowers the divergence of next-token distributions on the calibration prompts.
+one that lowers the divergence of next-token distributions.  Moments fit the prompts that they
+come from very well, so divergence is judged on prompts held out from them; in the end the choice is
+made anew with the moments of all.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
-from vllm_calibquant.calibrate.probe import BLOCK_SIZE, Probe, Score
+from vllm_calibquant.calibrate.probe import BLOCK_SIZE, Answer, Probe, Reference, Score
 from vllm_calibquant.calibrate.prompts import SYNTHETIC, Prompt, load_prompts
 from vllm_calibquant.config import ConfigError
 from vllm_calibquant.format import MAX_SLOTS, PLANE_MULTIPLE, PageFormat
@@ -203,7 +205,7 @@ class State:
 
     def __init__(self, out: Path, task: Mapping[str, Any]) -> None:
         self.log = out.with_name(out.name + ".search.jsonl")
-        self.answers: list[str] | None = None
+        self.answers: list[Answer] | None = None
         self.scores: dict[str, Score] = {}
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
         if lines and json.loads(lines[0]) == {"task": task}:
@@ -215,7 +217,7 @@ class State:
 
     def _take(self, record: dict[str, Any]) -> None:
         if "answers" in record:
-            self.answers = record["answers"]
+            self.answers = [Answer(*answer) for answer in record["answers"]]
         else:
             self.scores[record["choice"]] = Score(**record["score"])
 
@@ -306,7 +308,8 @@ class Task:
     data: str
     bits: float
     out: Path
-    count: int = 96
+    count: int = 360
+    held_out: int = 90
     seed: int = 1
     max_tokens: int = 32
     trials: int = 40
@@ -336,20 +339,19 @@ def calibrate(task: Task) -> str:
         with Probe(task.model, start, task.max_tokens, settings) as probe:
             if state.answers is None:
                 state.keep({"answers": _answers(probe, prompts)})
-            answers = state.answers or []
-            references = [
-                probe.reference(prompt, answer)
-                for prompt, answer in tqdm(
-                    list(zip(prompts, answers, strict=True)), "statistics", unit="prompt"
-                )
-            ]
-            designer = Designer(model, budget, probe.moments())
+            asked = list(zip(prompts, state.answers or [], strict=True))
+            step = max(2, len(asked) // max(task.held_out, 1))
+            held, rest = asked[::step], [a for i, a in enumerate(asked) if i % step]
+            with tqdm(total=len(asked), desc="statistics", unit="prompt") as bar:
+                references, held_moments = _references(probe, held, bar)
+                _, moments = _references(probe, rest, bar)
+            designer = Designer(model, budget, moments)
             total = min(task.trials, _most_trials(designer)) + 1
             with tqdm(total=total, desc="search", unit="profile") as bar:
 
                 def score(choice: Choice) -> Score:
                     if choice.key not in state.scores:
-                        found = probe.score(designer.profile(choice), prompts, answers, references)
+                        found = probe.score(designer.profile(choice), held, references)
                         state.keep({"choice": choice.key, "score": asdict(found)})
                     bar.update()
                     bar.set_postfix_str(f"KL {min(s.kl for s in state.scores.values()):.3g}")
@@ -360,13 +362,15 @@ def calibrate(task: Task) -> str:
         "model": Path(task.model).name,
         "data": task.data if task.data == SYNTHETIC else Path(task.data).name,
         "prompts": len(prompts),
+        "held_out": len(held),
         "seed": task.seed,
         "choice": asdict(choice),
         "score": asdict(reached),
         "steps": steps,
         "seconds": round(time.perf_counter() - begin),
     }
-    profile = designer.profile(choice, notes)
+    every = {i: m + held_moments[i] for i, m in moments.items()}
+    profile = Designer(model, budget, every).profile(_pinned(choice, designer), notes)
     profile.save(task.out)
     state.remove()
     return summary(profile, budget, task)
@@ -383,7 +387,8 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
         f"for {notes['model']}: {model.model_type}, {model.num_layers} layers, "
         f"{model.num_kv_heads} KV heads of {d}",
         "",
-        f"Against 16 bits, on {notes['prompts']} prompts read as after a prefix hit:",
+        f"Against 16 bits, read as after a prefix hit: {notes['held_out']} of "
+        f"{notes['prompts']} prompts, held out from the statistics",
         f"  divergence of the next token   {score.kl:.4f} nats",
         f"  same most likely token         {100 * score.agreement:.2f} % of positions",
         f"  same greedy answer             {100 * score.answers:.1f} % of prompts",
@@ -410,8 +415,25 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
     )
 
 
-def _answers(probe: Probe, prompts: Sequence[Prompt]) -> list[str]:
-    answers: list[str] = []
+def _pinned(choice: Choice, designer: Designer) -> Choice:
+    """A choice with the splits that it has here, whatever other moments would predict."""
+    moved = dict(choice.splits)
+    here = ((i, moved.get(i) or designer.ranking(i, choice)[0]) for i in designer.moments)
+    return replace(choice, splits=tuple(here))
+
+
+def _references(
+    probe: Probe, asked: Sequence[tuple[Prompt, Answer]], bar: tqdm
+) -> tuple[list[Reference], dict[int, Moments]]:
+    found = []
+    for prompt, answer in asked:
+        found.append(probe.reference(prompt, answer))
+        bar.update()
+    return found, probe.moments()
+
+
+def _answers(probe: Probe, prompts: Sequence[Prompt]) -> list[Answer]:
+    answers: list[Answer] = []
     with tqdm(total=len(prompts), desc="answers at 16 bits", unit="prompt") as bar:
         for i in range(0, len(prompts), 16):
             answers += probe.answers(prompts[i : i + 16])

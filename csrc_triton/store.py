@@ -5,7 +5,8 @@ slots and scrubs: when the first slot of a text block is written, the rest of th
 except the slots that this step writes itself, because the page may hold old codes that read as NaN.
 A *visual* program packs K or V of one (visual page, KV head): ranges per channel over the tokens
 that the step writes to that page, rounded to the model's dtype as they are stored; then codes
-against the rounded ranges; then 32-bit words in the order of :mod:`vllm_calibquant.format`.
+against the rounded ranges, a byte each in scratch memory; then 32-bit words, bit by bit, in the
+order of :mod:`vllm_calibquant.format`.
 
 This file serves every format; :mod:`csrc_triton.store_gluon` does the same faster for the common
 ones.  Both are compiled without fusing multiplications and additions, so that ranges and codes are
@@ -135,6 +136,7 @@ def _store_visual(
     stride_xh,
     p_words,
     p_ranges,
+    p_codes,
     p_source,
     p_clip,
     p_mix,
@@ -150,6 +152,7 @@ def _store_visual(
     TRANSPOSED: tl.constexpr,
     QUANTILE: tl.constexpr,
     BT: tl.constexpr,
+    BN: tl.constexpr,
     BC: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -187,6 +190,22 @@ def _store_visual(
         _store_ranges(p_ranges, p_clip, p_mix, p_levels, o_c, m_c, low, high, mean, D)
     tl.debug_barrier()
 
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    scale = tl.load(p_ranges + o_d, mask=m_d, other=0).to(tl.float32)
+    offset = tl.load(p_ranges + D + o_d, mask=m_d, other=0).to(tl.float32)
+    levels = tl.load(p_levels + o_d, mask=m_d, other=0)
+    o_n = tl.arange(0, BN)
+    for first in range(0, n, BN):
+        m_n = first + o_n < n
+        source = tl.load(p_rows + first + o_n, mask=m_n, other=0).to(tl.int64)
+        m_x = m_n[:, None] & m_d[None, :]
+        p_source_rows = p_x + source[:, None] * stride_xt + o_d[None, :]
+        numbers = tl.load(p_source_rows, mask=m_x, other=0).to(tl.float32)
+        codes = _code(numbers, scale[None, :], offset[None, :], levels[None, :]).to(tl.uint8)
+        tl.store(p_codes + (first + o_n)[:, None] * D + o_d[None, :], codes, mask=m_x)
+    tl.debug_barrier()
+
     NB: tl.constexpr = PLANES // 8
     TILE_WORDS: tl.constexpr = FULL * PLANES // 2
     WORDS: tl.constexpr = SLOTS * PLANES // 2
@@ -212,12 +231,8 @@ def _store_visual(
             component = tl.load(p_source + plane, mask=m, other=0)
             bit = tl.load(p_source + PLANES + plane, mask=m, other=-1)
             m = m & (bit >= 0)
-            source = tl.load(p_rows + token, mask=m, other=0).to(tl.int64)
-            x = tl.load(p_x + source * stride_xt + component, mask=m, other=0).to(tl.float32)
-            scale = tl.load(p_ranges + component, mask=m, other=0).to(tl.float32)
-            offset = tl.load(p_ranges + D + component, mask=m, other=0).to(tl.float32)
-            levels = tl.load(p_levels + component, mask=m, other=0)
-            out |= ((_code(x, scale, offset, levels) >> bit) & m.to(tl.int32)) << i
+            code = tl.load(p_codes + token * D + component, mask=m, other=0).to(tl.int32)
+            out |= ((code >> bit) & m.to(tl.int32)) << i
         tl.store(p_words + o_w, out, mask=o_w < WORDS)
 
 
@@ -262,11 +277,12 @@ def _store_kernel(
     p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_visual,
     p_plan, p_page_ids, p_page_tokens, p_page_rows,
     p_key_source, p_value_source, p_key_clip, p_value_clip, p_key_mix, p_value_mix,
-    p_key_levels, p_value_levels, alpha,
+    p_key_levels, p_value_levels, alpha, p_scratch,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     KEY_PLANES: tl.constexpr, VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr,
     KEY_FULL: tl.constexpr, VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    QUANTILE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    QUANTILE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -276,6 +292,7 @@ def _store_kernel(
             p_cache, stride_page, stride_head, p_slot_mapping, num_tokens, D, BD, BR,
         )  # fmt: skip
     else:
+        p_codes = p_scratch + (i * tl.num_programs(1) + i_head).to(tl.int64) * (SLOTS * 16 * D)
         for i_page in range(i // 2, tl.load(p_plan + 2), num_visual):
             page = tl.load(p_page_ids + i_page).to(tl.int64)
             # stride_page and stride_head count 16-bit numbers; a word has two.
@@ -283,19 +300,19 @@ def _store_kernel(
             if i % 2 == 0:
                 _store_visual(
                     i_page, i_head, p_key, stride_kt, stride_kh,
-                    p_words + base // 2, p_cache + base + RANGE_OFFSET,
+                    p_words + base // 2, p_cache + base + RANGE_OFFSET, p_codes,
                     p_key_source, p_key_clip, p_key_mix, p_key_levels, alpha,
                     p_page_tokens, p_page_rows,
-                    D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BC, BW,
+                    D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BN, BC, BW,
                 )  # fmt: skip
             else:
                 _store_visual(
                     i_page, i_head, p_value, stride_vt, stride_vh,
                     p_words + base // 2 + SLOTS * KEY_PLANES // 2,
-                    p_cache + base + RANGE_OFFSET + 2 * D,
+                    p_cache + base + RANGE_OFFSET + 2 * D, p_codes,
                     p_value_source, p_value_clip, p_value_mix, p_value_levels, alpha,
                     p_page_tokens, p_page_rows,
-                    D, BD, VALUE_PLANES, SLOTS, VALUE_FULL, True, QUANTILE, BT, BC, BW,
+                    D, BD, VALUE_PLANES, SLOTS, VALUE_FULL, True, QUANTILE, BT, BN, BC, BW,
                 )  # fmt: skip
 
 
@@ -364,12 +381,16 @@ def store(
     sizes = block_constants(fmt, quantile=quantile is not None)
     sizes["BR"] = 8 if num_tokens <= 512 else 32
     text_tiles = triton.cdiv(num_tokens, sizes["BR"])
+    # A program finds the codes of its page in rows of tokens before it takes them apart.
+    scratch = torch.empty(
+        2 * visual * num_heads * page.tokens * page.head_size, dtype=torch.uint8, device=key.device
+    )
     _store_kernel[(text_tiles + 2 * visual, num_heads)](
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, visual,
         tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
         fmt.key_source, fmt.value_source, fmt.key_clips, fmt.value_clips,
-        fmt.key_mixes, fmt.value_mixes, fmt.key_levels, fmt.value_levels, quantile or 0.0,
+        fmt.key_mixes, fmt.value_mixes, fmt.key_levels, fmt.value_levels, quantile or 0.0, scratch,
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
         SLOTS=page.slots, KEY_FULL=page.tile_slots(page.key_planes),
         VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
@@ -446,6 +467,7 @@ def block_constants(fmt: DeviceFormat, *, quantile: bool) -> dict[str, int]:
         "BR": 8,
         "QUANTILE": quantile,
         "BT": triton.next_power_of_2(max(page.tokens, 64)) if quantile else 32,
+        "BN": 32,
         "BC": 16,
         "BW": 1024,
     }

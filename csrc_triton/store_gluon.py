@@ -24,12 +24,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from .gluon_compat import async_load
 from .tables import TAG_SHIFT
 
 _PAGE_MASK = gl.constexpr((1 << TAG_SHIFT) - 1)
 _ROUND = gl.constexpr(12582912.0)
-# Triton 3.6 has the first name, 3.9 the second.
-_async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 
 @gluon.constexpr_function
@@ -262,7 +261,7 @@ def _store_part(
     for g in gl.static_range(4):
         buffer = gl.allocate_shared_memory(gl.int32, [ROWS, W], SHARED)
         row = rows[g].to(gl.int64)
-        _async_load(buffer, p_x + row[:, None] * stride_xt + o_w[None, :])
+        async_load(buffer, p_x + row[:, None] * stride_xt + o_w[None, :])
         async_copy.commit_group()
         buffers = buffers + (buffer,)
 

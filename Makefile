@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export UV_HTTP_TIMEOUT ?= 180
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types capacity accuracy kernel-summary serving-summary lock clean
+.PHONY: demo test lint types profiles capacity accuracy kernel-summary serving-summary lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -36,6 +36,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Profiles of the small model: run it when its weights have changed.
+profiles: $(STAMP)
+	$(BIN)/python -m tests.tinyvlm.profiles
 
 capacity: $(STAMP)
 	$(BIN)/python -m benchmarks.capacity

@@ -9,6 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.serving.test_refusals import LLAMA, start
+from tests.tinyvlm.profiles import WIDTHS as AVERAGES
+from tests.tinyvlm.profiles import profile_path
+from tests.tinyvlm.unpack import model_path
 from vllm_calibquant.attention.basis import Basis
 from vllm_calibquant.attention.reference import Calibration, VisualPages, mixed_attention
 from vllm_calibquant.attention.store import Codec, store_visual
@@ -267,3 +270,17 @@ def test_attention_to_pages_in_a_basis(calibration) -> None:
             rows = torch.cat([value[32 : 32 + 8 + t + 1, h // 2].double(), exact[1][:, h // 2]])
             expected[t, h] = weights @ rows
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# The profiles in this repository.
+
+
+@pytest.mark.parametrize("bits", AVERAGES)
+def test_profiles_of_the_small_model(bits: float) -> None:
+    """They belong to today's weights: if this fails, the weights have changed, so make profiles."""
+    path = profile_path(bits)
+    profile = load_profile(path)
+    assert profile.notes["model"] == model_path().name, "run make profiles"
+    assert profile.average_bits == bits
+    assert profile.layers_16bit == ()
+    assert path.stat().st_size < 1 << 18

@@ -178,6 +178,7 @@ class Profile:
                     tensors[f"layers.{i}.{name}.{what}"] = copy
         scratch = path.with_name(path.name + ".part")
         save_file(tensors, scratch, self._metadata())
+        scratch.chmod(0o644)  # the library keeps others from reading
         scratch.replace(path)
 
     def _metadata(self) -> dict[str, str]:

@@ -118,8 +118,8 @@ class WatchedLayer:
         )
         if self.mode == "exact" or attn_metadata is None:
             return result
-        n = len(self.slot_mapping)
-        blocks = self.slot_mapping // BLOCK_SIZE
+        slots = self.slot_mapping[self.slot_mapping >= 0]  # padding comes last
+        n, blocks = len(slots), slots // BLOCK_SIZE
         coded = is_visual(blocks)
         if not coded.any():
             return result
@@ -135,7 +135,7 @@ class WatchedLayer:
         pages, index = torch.unique(page_of(blocks[coded]), return_inverse=True)
         used = torch.zeros(len(pages), codec.page_format.tokens, dtype=torch.bool)
         used = used.to(key.device)
-        offset = self.slot_mapping[coded] % BLOCK_SIZE
+        offset = slots[coded] % BLOCK_SIZE
         used[index, slot_of(blocks[coded]) * BLOCK_SIZE + offset] = True
         rows = ~coded
         rows[behind:] = False

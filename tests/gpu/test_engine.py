@@ -19,19 +19,28 @@ import torch
 from benchmarks.models import image_placeholder, make_model, noise_image
 from tests.serving.engine import Answer, Engine, distance
 from tests.tinyvlm.dataset import examples
+from tests.tinyvlm.profiles import profile_path
 from tests.tinyvlm.unpack import model_path
 
 pytestmark = pytest.mark.gpu
 
 GRAPHS = {"enforce_eager": False, "max_num_seqs": 32, "dtype": "bfloat16"}
 EAGER = {"enforce_eager": True, "max_num_seqs": 32, "dtype": "bfloat16"}
+PROFILE = "calibquant1 with a profile"
+OPTIONS = {PROFILE: {"profile": str(profile_path(1.25))}}
+"""Our settings beside the first word, which is the KV cache dtype."""
 TEXTS = ("How many red circles?", "What is the serial? " * 20, "Read line 3.\n" * 40)
 
 
-def run(kv_cache_dtype: str, **settings: Any) -> dict[str, list[Answer]]:
+def start(path: Path, dtype: str, **settings: Any) -> Engine:
+    """An engine of a KV cache dtype, or of :data:`PROFILE`."""
+    return Engine(path, dtype.split()[0], OPTIONS.get(dtype), **settings)
+
+
+def run(dtype: str, **settings: Any) -> dict[str, list[Answer]]:
     """Answers of one engine: text alone, images cold, the same images again, other questions."""
     questions = list(examples("test", 7, 4))
-    with Engine(model_path(), kv_cache_dtype, kv_cache_memory_bytes=1 << 28, **settings) as engine:
+    with start(model_path(), dtype, kv_cache_memory_bytes=1 << 28, **settings) as engine:
         texts = [engine.prompt(text) for text in TEXTS]
         images = [engine.prompt(q.question, q.image) for q in questions]
         other = [engine.prompt("Read line 1.", q.image) for q in questions]
@@ -51,27 +60,29 @@ def run(kv_cache_dtype: str, **settings: Any) -> dict[str, list[Answer]]:
 def answers() -> dict[tuple[str, bool], dict[str, list[Answer]]]:
     """Answers of all engines, by dtype and whether CUDA graphs were on."""
     found = {}
-    for dtype in ("auto", "calibquant1", "calibquant2", "calibquant4"):
+    for dtype in ("auto", "calibquant1", "calibquant2", "calibquant4", PROFILE):
         found[dtype, False] = run(dtype, **EAGER)
-    for dtype in ("auto", "calibquant1"):
+    for dtype in ("auto", "calibquant1", PROFILE):
         found[dtype, True] = run(dtype, **GRAPHS)
     return found
 
 
+@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_text_is_bit_identical_to_stock(answers, graphs):
-    stock, ours = answers["auto", graphs], answers["calibquant1", graphs]
+def test_text_is_bit_identical_to_stock(answers, graphs, dtype):
+    stock, ours = answers["auto", graphs], answers[dtype, graphs]
     assert [a.said for a in ours["text"]] == [a.said for a in stock["text"]]
 
 
+@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE])
 @pytest.mark.parametrize("kind", ["cold", "warm", "other", "mixed"])
-def test_graphs_give_the_tokens_of_eager_execution(answers, kind):
-    eager, graphs = answers["calibquant1", False][kind], answers["calibquant1", True][kind]
+def test_graphs_give_the_tokens_of_eager_execution(answers, kind, dtype):
+    eager, graphs = answers[dtype, False][kind], answers[dtype, True][kind]
     assert [a.tokens for a in graphs] == [a.tokens for a in eager]
 
 
 def test_prefix_hits_are_those_of_stock(answers):
-    for dtype in ("calibquant1", "calibquant2", "calibquant4"):
+    for dtype in ("calibquant1", "calibquant2", "calibquant4", PROFILE):
         for kind in ("cold", "warm", "other", "mixed"):
             hits = [a.hit for a in answers[dtype, False][kind]]
             assert hits == [a.hit for a in answers["auto", False][kind]], (dtype, kind)
@@ -94,7 +105,8 @@ LARGE = ["llava-1.5-7b", *filter(None, os.environ.get("GPU_MODELS", "").split(",
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *(("tinyvlm", dtype) for dtype in ("calibquant1", "calibquant2", "calibquant4")),
+        *(("tinyvlm", f"calibquant{bits}") for bits in (1, 2, 4)),
+        ("tinyvlm", PROFILE),
         *((name, "calibquant1") for name in dict.fromkeys(LARGE)),
     ],
 )
@@ -107,7 +119,7 @@ def test_every_layer_agrees_with_the_reference(name, dtype, tmp_path: Path, monk
         path = make_model(name, tmp_path / name)
         settings = {"load_format": "dummy", "kv_cache_memory_bytes": 1 << 31, "max_model_len": 4096}
     similar = watch_layers(monkeypatch)
-    with Engine(path, dtype, max_num_batched_tokens=1500, **EAGER, **settings) as engine:
+    with start(path, dtype, max_num_batched_tokens=1500, **EAGER, **settings) as engine:
         if name == "tinyvlm":
             prompts = [engine.prompt(q.question, q.image) for q in examples("test", 8, 2)]
         else:
@@ -183,6 +195,7 @@ def watch_layers(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
                 page_format=fmt,
                 scale=self.scale,
                 calibration=self.calibration,
+                basis=self.codec.basis,
             )
         n = int(starts[len(views)])
         cosine = torch.cosine_similarity(

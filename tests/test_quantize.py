@@ -8,9 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_calibquant.quantize import RANGE_ESTIMATORS, MinMax, Quantile, encode
+from vllm_calibquant.quantize import (
+    RANGE_ESTIMATORS,
+    Midpoint,
+    MinMax,
+    Quantile,
+    TwoMeans,
+    UnbiasedSlope,
+    encode,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ONE = torch.ones(())  # levels of 1 bit, of any number of components
 
 
 def group(tokens: int, channels: int, seed: int, absent: int = 0) -> tuple[torch.Tensor, ...]:
@@ -46,7 +55,7 @@ groups = st.builds(
 @given(x_valid=groups, factor=st.sampled_from([1.0, 0.5, 0.3]))
 def test_minmax(x_valid, factor):
     x, valid = x_valid
-    lo, hi = MinMax(factor)(x, valid)
+    lo, hi = MinMax(factor)(x, valid, ONE)
     for j in range(x.shape[1]):
         values = [x[t, j] for t in range(len(x)) if valid[t]]
         assert lo[0, j] == min(values) * factor
@@ -61,7 +70,7 @@ def test_minmax(x_valid, factor):
 )
 def test_quantile(x_valid, factor, alpha):
     x, valid = x_valid
-    lo, hi = Quantile(factor, alpha)(x, valid)
+    lo, hi = Quantile(factor, alpha)(x, valid, ONE)
     for j in range(x.shape[1]):
         values = [x[t, j].item() for t in range(len(x)) if valid[t]]
         assert lo[0, j].item() == pytest.approx(
@@ -74,8 +83,91 @@ def test_quantile(x_valid, factor, alpha):
 
 def test_a_quantile_of_zero_is_the_extreme():
     x, valid = group(30, 5, seed=3, absent=10)
-    for a, b in zip(Quantile(0.5, 0.0)(x, valid), MinMax(0.5)(x, valid), strict=True):
+    for a, b in zip(Quantile(0.5, 0.0)(x, valid, ONE), MinMax(0.5)(x, valid, ONE), strict=True):
         assert torch.equal(a, b)
+
+
+@settings(max_examples=100, deadline=None)
+@given(x_valid=groups, factor=st.sampled_from([1.0, 0.6, 0.3]))
+def test_midpoint(x_valid, factor):
+    x, valid = x_valid
+    lo, hi = Midpoint(factor)(x, valid, ONE)
+    for j in range(x.shape[1]):
+        values = [x[t, j].item() for t in range(len(x)) if valid[t]]
+        middle, half = (min(values) + max(values)) / 2, (max(values) - min(values)) / 2
+        close = {"rel": 1e-5, "abs": 1e-6 * max(map(abs, values))}
+        assert lo[0, j].item() == pytest.approx(middle - factor * half, **close)
+        assert hi[0, j].item() == pytest.approx(middle + factor * half, **close)
+
+
+@pytest.mark.parametrize("estimator", [Midpoint(0.6), TwoMeans(), UnbiasedSlope()])
+def test_a_bias_moves_the_range_along(estimator):
+    """Keys with a large bias; the paper's ranges, drawn towards zero, lose such channels."""
+    x, valid = group(60, 4, seed=1)
+    lo, hi = estimator(x, valid, ONE)
+    moved_lo, moved_hi = estimator(x + 1000, valid, ONE)
+    torch.testing.assert_close(moved_lo, lo + 1000, rtol=0, atol=1e-2)
+    torch.testing.assert_close(moved_hi, hi + 1000, rtol=0, atol=1e-2)
+    x = x + 1000
+    codes, _, _ = encode(x, valid, torch.ones(4, dtype=torch.long), estimator, torch.float32)
+    assert ((codes.float().mean(0) > 0) & (codes.float().mean(0) < 1)).all()
+    lost, _, _ = encode(x, valid, torch.ones(4, dtype=torch.long), MinMax(0.5), torch.float32)
+    assert (lost.float().mean(0) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["minmax", "midpoint", "quantile"])
+def test_weights_say_what_the_estimator_does(name):
+    """Kernels know an estimator by two weights of two order statistics."""
+    x, valid = group(50, 6, seed=4, absent=7)
+    estimator = RANGE_ESTIMATORS[name](0.4)
+    a, b = estimator.weights
+    low, high = RANGE_ESTIMATORS["quantile" if name == "quantile" else "minmax"]()(x, valid, ONE)
+    lo, hi = estimator(x, valid, ONE)
+    torch.testing.assert_close(lo, a * low + b * high)
+    torch.testing.assert_close(hi, a * high + b * low)
+
+
+def test_two_means_are_means_of_either_side():
+    x, valid = group(200, 6, seed=5, absent=20)
+    lo, hi = TwoMeans()(x, valid, ONE)
+    for j in range(6):
+        column = x[valid[:, 0], j]
+        below = column < (lo[0, j] + hi[0, j]) / 2
+        assert lo[0, j].item() == pytest.approx(column[below].mean().item(), rel=1e-2)
+        assert hi[0, j].item() == pytest.approx(column[~below].mean().item(), rel=1e-2)
+
+
+def error_and_slope(estimator, x, valid, bits):
+    """Squared error of what is read, and its slope against what was stored, per channel."""
+    width = torch.full(x.shape[-1:], bits)
+    codes, scale, offset = encode(x, valid, width, estimator, torch.float32)
+    read = (offset + scale * codes)[valid[:, 0]]
+    x = x[valid[:, 0]]
+    deviation = x - x.mean(0)
+    slope = (deviation * (read - read.mean(0))).sum(0) / deviation.square().sum(0)
+    return (read - x).square().mean(0), slope
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_least_squares_and_unbiased_slope(bits):
+    x, valid = group(200, 16, seed=6, absent=20)
+    least, slope = error_and_slope(TwoMeans(), x, valid, bits)
+    for other in (MinMax(), MinMax(0.5), Midpoint(0.6), Midpoint(0.8), Quantile(), UnbiasedSlope()):
+        error, _ = error_and_slope(other, x, valid, bits)
+        assert (error / least).mean() >= 1  # in one channel or another Lloyd's may stop early
+    if bits == 1:
+        assert (slope < 0.9).all()
+    _, slope = error_and_slope(UnbiasedSlope(), x, valid, bits)
+    torch.testing.assert_close(slope, torch.ones(16), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", RANGE_ESTIMATORS)
+def test_one_token_is_kept(name):
+    x, valid = group(5, 6, seed=7, absent=4)
+    bits = torch.ones(6, dtype=torch.long)
+    codes, scale, offset = encode(x, valid, bits, RANGE_ESTIMATORS[name](), torch.float32)
+    read = (offset + scale * codes)[valid[:, 0]]
+    torch.testing.assert_close(read, x[valid[:, 0]])
 
 
 @pytest.mark.parametrize("name", RANGE_ESTIMATORS)
@@ -83,12 +175,12 @@ def test_estimators_treat_groups_apart(name):
     """Leading dimensions are pages and heads: each has ranges of its own."""
     parts = [group(20, 8, seed, absent=seed) for seed in range(6)]
     x, valid = (torch.stack(p).unflatten(0, (2, 3)) for p in zip(*parts, strict=True))
-    lo, hi = RANGE_ESTIMATORS[name](0.7)(x, valid)
+    lo, hi = RANGE_ESTIMATORS[name](0.7)(x, valid, ONE)
     assert lo.shape == hi.shape == (2, 3, 1, 8)
     for i, part in enumerate(parts):
-        alone = RANGE_ESTIMATORS[name](0.7)(*part)
-        assert torch.equal(lo[i // 3, i % 3], alone[0])
-        assert torch.equal(hi[i // 3, i % 3], alone[1])
+        alone = RANGE_ESTIMATORS[name](0.7)(*part, ONE)
+        torch.testing.assert_close(lo[i // 3, i % 3], alone[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hi[i // 3, i % 3], alone[1], rtol=1e-5, atol=1e-5)
 
 
 def rounded(value: np.float32, dtype: torch.dtype) -> np.float32:
@@ -164,7 +256,7 @@ def test_constant_channels(bits, dtype, factor):
     assert torch.equal(offset[0], (value * factor).to(dtype))
 
 
-@pytest.mark.parametrize("estimator", [MinMax(), Quantile(alpha=0.02)])
+@pytest.mark.parametrize("estimator", [make() for make in RANGE_ESTIMATORS.values()])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token(estimator, dtype):
     x, valid = group(16, 8, seed=1, absent=15)

@@ -193,8 +193,12 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
     ("settings", "method"),
     [
         (
-            {"key_range_factor": 0.6, "value_range_factor": 0.5, "tau_min": 0.5, "tau_max": 2.0},
-            Method(1, 0.6, 0.5, calibrate=True, tau_min=0.5, tau_max=2.0),
+            {"preset": "calibquant-paper"},
+            Method.paper(1),
+        ),
+        (
+            {"preset": "calibquant-paper", "key_range_factor": 0.6, "tau_min": 0.5, "tau_max": 2.0},
+            Method(1, 0.6, 0.3, calibrate=True, tau_min=0.5, tau_max=2.0),
         ),
         (
             {"range_estimator": "quantile", "quantile": 0.05, "calibration": False},
@@ -203,10 +207,10 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
         (
             # Scores of a head span 6 to 15 here: for half of them the slope is held at zero.
             {"calibration": True, "tau_max": 11.0, "layers_16bit": [1]},
-            Method(4, calibrate=True, tau_max=11.0, exact_layers=(1,)),
+            Method(4, calibrate=True, tau_max=11.0, about_midpoint=True, exact_layers=(1,)),
         ),
     ],
-    ids=["factors", "quantile", "layers"],
+    ids=["paper", "factors", "quantile", "layers"],
 )
 def test_vllm_equals_equations_with_settings(oracle, serve, settings, method, shape) -> None:
     answer = serve("llava", method.bits, json.dumps(settings))[shape]

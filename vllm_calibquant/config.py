@@ -1,13 +1,15 @@
 """User configuration: ``--additional-config '{"calibquant": {...}}'`` or the same in YAML.
 
-Every key has the published value as its default, so that ``--kv-cache-dtype calibquant1`` alone is
-a complete configuration.
+Every key has a default, so that ``--kv-cache-dtype calibquant1`` alone is a complete configuration:
+what did best in our measurements (``preset: default``) or what was published (``preset:
+calibquant-paper``).  A key that is given wins over the preset.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +25,33 @@ BESIDE_PROFILE = ("bits", "modalities", "layers_16bit", "profile")
 """Keys that may stand beside ``profile``, which decides all others."""
 
 Modality = Literal["image", "video"]
+Estimator = Literal["midpoint", "minmax", "quantile", "two-means", "unbiased-slope"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What keys that are left out are, by bits."""
+
+    range_estimator: Estimator
+    calibrated_bits: tuple[int, ...]
+    """Widths with calibration."""
+
+
+PRESETS = {
+    "default": Preset("midpoint", ()),
+    "calibquant-paper": Preset("minmax", (1, 2)),
+}
+
+FACTORS: dict[tuple[str, int], tuple[float, float]] = {
+    ("midpoint", 1): (0.55, 0.55),
+    ("midpoint", 2): (0.8, 0.8),
+    ("minmax", 1): (0.5, 0.3),
+}
+"""Range factors of K and V by estimator and bits; 1 where nothing is said.
+
+Those of ``minmax`` are the authors' (arXiv 2502.14882 and its code), those of ``midpoint`` did best
+on the calibration split of ``tests/tinyvlm``, whose README has the measurements.
+"""
 
 
 class ConfigError(Exception):
@@ -34,31 +63,32 @@ class ConfigError(Exception):
 
 
 class CalibQuantConfig(BaseModel):
-    """Settings of the visual KV cache.
-
-    The defaults are the settings of CalibQuant (arXiv 2502.14882, Sec. 3 and the authors' code).
-    """
+    """Settings of the visual KV cache."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: Literal[1, 2, 4] = 1
     """Bits per number of K and V of a visual token; the KV cache dtype decides."""
 
-    range_estimator: Literal["minmax", "quantile"] = "minmax"
-    """How the range of a channel of a page is found: its extremes, or the ``quantile`` and
-    ``1 - quantile`` quantiles (the paper's first version)."""
+    preset: Literal["default", "calibquant-paper"] = "default"
+    """Which defaults ``range_estimator``, its factors and ``calibration`` have: ours, or those of
+    CalibQuant (arXiv 2502.14882, Sec. 3 and the authors' code)."""
+
+    range_estimator: Estimator | None = None
+    """How the range of a channel of a page is found (:mod:`vllm_calibquant.quantize`); from the
+    preset unless set.  CUDA serves the first three."""
 
     quantile: float = Field(default=0.02, ge=0.0, lt=0.5)
     """Share of a channel's values outside the range at either end, for ``quantile``."""
 
     key_range_factor: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Factor c on both ends of a K range; 0.5 at 1 bit and 1 otherwise unless set."""
+    """Factor c of a K range; that of the estimator and the bits in :data:`FACTORS` unless set."""
 
     value_range_factor: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Factor c on both ends of a V range; 0.3 at 1 bit and 1 otherwise unless set."""
+    """Factor c of a V range, likewise."""
 
     calibration: bool | None = None
-    """Whether visual scores are calibrated before the softmax; on at 1 and 2 bits unless set."""
+    """Whether visual scores are calibrated before the softmax; from the preset unless set."""
 
     tau_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """How far calibration moves the smallest visual score down."""
@@ -78,19 +108,26 @@ class CalibQuantConfig(BaseModel):
     out anew."""
 
     @property
+    def estimator(self) -> Estimator:
+        """How ranges are found."""
+        return self.range_estimator or PRESETS[self.preset].range_estimator
+
+    @property
     def key_factor(self) -> float:
-        """Factor c on both ends of a K range."""
-        return self.key_range_factor or (0.5 if self.bits == 1 else 1.0)
+        """Factor c of a K range."""
+        return self.key_range_factor or FACTORS.get((self.estimator, self.bits), (1.0, 1.0))[0]
 
     @property
     def value_factor(self) -> float:
-        """Factor c on both ends of a V range."""
-        return self.value_range_factor or (0.3 if self.bits == 1 else 1.0)
+        """Factor c of a V range."""
+        return self.value_range_factor or FACTORS.get((self.estimator, self.bits), (1.0, 1.0))[1]
 
     @property
     def calibrated(self) -> bool:
         """Whether visual scores are calibrated."""
-        return self.bits <= 2 if self.calibration is None else self.calibration
+        if self.calibration is None:
+            return self.bits in PRESETS[self.preset].calibrated_bits
+        return self.calibration
 
 
 def bits_of(cache_dtype: str) -> int | None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 2 * GROUP
 
+ON_CUDA = ("midpoint", "minmax", "quantile")
+"""Range estimators that ``csrc_triton/store.py`` has: those of order statistics."""
+
 
 def check_config(vllm_config: VllmConfig) -> None:
     """Refuse a finished configuration that has our dtype and something that it cannot serve.
@@ -104,6 +107,11 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner,
         "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "
         "that vLLM's log names as unsupported by it",
+    )
+    refuse(
+        vllm_config.device_config.device_type == "cuda" and config.estimator not in ON_CUDA,
+        f"range_estimator is {config.estimator}, which has no CUDA kernel; give one of "
+        f"{', '.join(ON_CUDA)}",
     )
     scheduler = vllm_config.scheduler_config.scheduler_cls
     refuse(

@@ -41,6 +41,8 @@ class Method:
         Amounts by which calibration lowers the smallest and the largest score.
     quantile
         Which quantile of a channel, and its mirror image, stand for the extremes.
+    about_midpoint
+        Whether the factors draw the extremes towards their midpoint, and not towards zero.
     exact_layers
         Decoder layers that are left alone.
     profile
@@ -57,12 +59,19 @@ class Method:
     tau_min: float = 0.0
     tau_max: float = 3.0
     quantile: float = 0.0
+    about_midpoint: bool = False
     exact_layers: tuple[int, ...] = ()
     profile: Path | None = None
     slots: int = 0
 
     @classmethod
     def default(cls, bits: int) -> "Method":
+        """Return what a server does that is told nothing but the width."""
+        clip = {1: 0.55, 2: 0.8}.get(bits, 1.0)
+        return cls(bits, clip, clip, about_midpoint=True)
+
+    @classmethod
+    def paper(cls, bits: int) -> "Method":
         """Return the settings of the authors' code at this width."""
         if bits == 1:
             return cls(bits, key_clip=0.5, value_clip=0.3, calibrate=True)
@@ -114,6 +123,7 @@ def quantise(
     bits: int | torch.Tensor,
     clip: float | torch.Tensor,
     quantile: float = 0.0,
+    about_midpoint: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Express numbers in steps of the range that they share per channel.
 
@@ -127,6 +137,8 @@ def quantise(
         Factor c on both ends of the range of each channel, likewise.
     quantile
         The ends are this quantile and its mirror image; 0 for minimum and maximum.
+    about_midpoint
+        Whether the factor draws the ends towards their midpoint, and not towards zero.
 
     Returns
     -------
@@ -135,8 +147,10 @@ def quantise(
         offset are ``[..., 1, channels]``.  A code k stands for ``low + scale * k``.
     """
     levels = torch.as_tensor(2**bits - 1)
-    low = clip * x.float().quantile(quantile, -2, keepdim=True)
-    high = clip * x.float().quantile(1 - quantile, -2, keepdim=True)
+    low = x.float().quantile(quantile, -2, keepdim=True)
+    high = x.float().quantile(1 - quantile, -2, keepdim=True)
+    origin = (low + high) / 2 if about_midpoint else torch.zeros_like(low)
+    low, high = (origin + clip * (end - origin) for end in (low, high))
     low = torch.where(levels > 0, low, x.float().mean(-2, keepdim=True))
     scale = torch.where(levels > 0, (high - low) / levels, 0).to(x.dtype).float()
     low = low.to(x.dtype).float()
@@ -438,7 +452,9 @@ class Oracle:
             bits = bits.long()
         pages = []
         for page in x.split(sizes, dim=1):
-            steps, scale, low = quantise(page, bits, clip, self.method.quantile)
+            steps, scale, low = quantise(
+                page, bits, clip, self.method.quantile, self.method.about_midpoint
+            )
             codes = steps.round()
             # From steps to fractions of the range before clipping.
             levels = torch.as_tensor(2**bits - 1).clamp(min=1)

@@ -14,9 +14,11 @@ from vllm_calibquant.config import (
     DTYPE_BITS,
     CalibQuantConfig,
     ConfigError,
+    Estimator,
     bits_of,
     load_config,
 )
+from vllm_calibquant.quantize import RANGE_ESTIMATORS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -26,21 +28,37 @@ def load(dtype: str = "calibquant1", **section: object) -> CalibQuantConfig:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits", "key", "value", "calibrated"),
-    [
-        ("calibquant1", 1, 0.5, 0.3, True),
-        ("calibquant2", 2, 1.0, 1.0, True),
-        ("calibquant4", 4, 1.0, 1.0, False),
-    ],
+    ("dtype", "bits", "factor"),
+    [("calibquant1", 1, 0.55), ("calibquant2", 2, 0.8), ("calibquant4", 4, 1.0)],
 )
-def test_defaults_are_the_published_ones(dtype, bits, key, value, calibrated) -> None:
-    for nothing in (None, {}, {"calibquant": {}}, {"other": 1}):
+def test_defaults(dtype, bits, factor) -> None:
+    for nothing in (
+        None,
+        {},
+        {"calibquant": {}},
+        {"other": 1},
+        {"calibquant": {"preset": "default"}},
+    ):
         config = load_config(dtype, nothing)
         assert bits_of(dtype) == config.bits == bits
-        assert (config.key_factor, config.value_factor) == (key, value)
-        assert (config.calibrated, config.tau_min, config.tau_max) == (calibrated, 0.0, 3.0)
-        assert config.range_estimator == "minmax"
+        assert config.estimator == "midpoint" and not config.calibrated
+        assert (config.key_factor, config.value_factor) == (factor, factor)
         assert (config.modalities, config.layers_16bit) == (("image", "video"), ())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key", "value", "calibrated"),
+    [
+        ("calibquant1", 0.5, 0.3, True),
+        ("calibquant2", 1.0, 1.0, True),
+        ("calibquant4", 1.0, 1.0, False),
+    ],
+)
+def test_preset_of_the_paper(dtype, key, value, calibrated) -> None:
+    config = load(dtype, preset="calibquant-paper")
+    assert config.estimator == "minmax"
+    assert (config.key_factor, config.value_factor) == (key, value)
+    assert (config.calibrated, config.tau_min, config.tau_max) == (calibrated, 0.0, 3.0)
 
 
 def test_given_values_win() -> None:
@@ -49,6 +67,17 @@ def test_given_values_win() -> None:
     )
     assert (config.calibrated, config.key_factor, config.value_factor) == (True, 0.8, 1.0)
     assert config.layers_16bit == (0, 3)
+    config = load(preset="calibquant-paper", calibration=False, value_range_factor=0.6)
+    assert (config.calibrated, config.key_factor, config.value_factor) == (False, 0.5, 0.6)
+
+
+def test_factors_belong_to_the_estimator() -> None:
+    """What is tuned for one is not taken over by another."""
+    for name in get_args(Estimator):
+        config = load(range_estimator=name)
+        factors = {"midpoint": (0.55, 0.55), "minmax": (0.5, 0.3)}.get(name, (1.0, 1.0))
+        assert (config.estimator, config.key_factor, config.value_factor) == (name, *factors)
+    assert {*get_args(Estimator)} == {*RANGE_ESTIMATORS}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +101,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     ("key", "value"),
     [
         ("range_estimator", "median"),
+        ("preset", "paper"),
         ("quantile", 0.5),
         ("quantile", -0.1),
         ("key_range_factor", 0.0),
@@ -150,6 +180,7 @@ def test_file_parses(path: Path) -> None:
     shown, default = (load_config(args.kv_cache_dtype, c) for c in (args.additional_config, None))
     effective = lambda c: {  # noqa: E731
         **c.model_dump(),
+        "range_estimator": c.estimator,
         "key_range_factor": c.key_factor,
         "value_range_factor": c.value_factor,
         "calibration": c.calibrated,

@@ -345,13 +345,17 @@ def loss(scores: list[list[float]]) -> float:
 
 def test_settings_change_results(model, stock, readings) -> None:
     """Each in the direction that is known of this model (tests/tinyvlm/README.md)."""
-    ends = {"key_range_factor": 1.0, "value_range_factor": 1.0}
+    paper = {"preset": "calibquant-paper"}
+    ends = {**paper, "key_range_factor": 1.0, "value_range_factor": 1.0}
     losses, texts = {"stock": loss(stock["score"])}, {}
     for name, calibquant in {
         "default": {},
-        "uncalibrated": {"calibration": False},
+        "calibrated": {"calibration": True},
+        "unbiased slope": {"range_estimator": "unbiased-slope"},
+        "two means": {"range_estimator": "two-means"},
+        "paper": paper,
+        "wider values": {**paper, "value_range_factor": 0.6},
         "range ends": ends,
-        "wider values": {"value_range_factor": 0.6},
         "quantiles": {**ends, "range_estimator": "quantile"},
         "other quantiles": {**ends, "range_estimator": "quantile", "quantile": 0.1},
         "first half exact": {"layers_16bit": [0, 1, 2]},
@@ -367,9 +371,11 @@ def test_settings_change_results(model, stock, readings) -> None:
     assert len({*losses.values()}) == len(losses)
     assert losses["stock"] < losses["all but one exact"] < losses["first half exact"]
     assert losses["first half exact"] < losses["default"]
-    assert losses["wider values"] < losses["default"] < losses["range ends"]
+    assert losses["default"] < losses["paper"] < losses["range ends"]
+    assert losses["wider values"] < losses["paper"]
+    assert losses["unbiased slope"] < losses["two means"]
     assert losses["default"] < losses["quantiles"] < losses["range ends"]
     right = [q.answer for q in readings]
     assert texts["all but one exact"] == right
-    for name in ("default", "uncalibrated", "wider values"):
+    for name in ("default", "calibrated", "unbiased slope", "wider values"):
         assert sum(a == b for a, b in zip(texts[name], right, strict=True)) >= 4

@@ -41,6 +41,7 @@ from vllm_calibquant.attention.common import (
 )
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.core.spec import MixedPageSpec
+from vllm_calibquant.quantize import RangeEstimator
 from vllm_calibquant.tags import is_visual
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
@@ -236,7 +237,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_mixed()
-        self.quantile = self.config.quantile if self.config.range_estimator == "quantile" else None
+        self.quantile = self.config.quantile if self.config.estimator == "quantile" else None
 
     def use_codec(self, codec: Codec) -> None:
         """Store and read pages with a codec from now on; see :class:`MixedLayer`."""
@@ -245,8 +246,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         self.page_format = kernels.DeviceFormat(
             codec.page_format,
             device,
-            key_clip=_clip(codec.key_estimator.factor),
-            value_clip=_clip(codec.value_estimator.factor),
+            **_weights("key", codec.key_estimator),
+            **_weights("value", codec.value_estimator),
         )
         fast = kernels.gluon_serves(self.page_format, self.num_queries_per_kv, device)
         planes = codec.page_format.key_planes + codec.page_format.value_planes
@@ -440,5 +441,9 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         kernels.merge_parts(output[rows], [own, text, (seen, seen_lse)])
 
 
-def _clip(factor: float | torch.Tensor) -> float | tuple[float, ...]:
-    return tuple(factor.tolist()) if isinstance(factor, torch.Tensor) else factor
+def _weights(part: str, estimator: RangeEstimator) -> dict[str, Any]:
+    """How a kernel finds the range of K or V, as arguments of ``DeviceFormat``."""
+    if estimator.weights is None:
+        raise ValueError(f"no kernel finds ranges as {estimator} does")  # refused at start
+    clip, mix = (tuple(w.tolist()) if isinstance(w, torch.Tensor) else w for w in estimator.weights)
+    return {f"{part}_clip": clip, f"{part}_mix": mix}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,8 @@ class Codec:
     @classmethod
     def of(cls, config: CalibQuantConfig, head_size: int, dtype: torch.dtype) -> Codec:
         """Codec of a layer."""
-        estimator = RANGE_ESTIMATORS[config.range_estimator]
-        extra = {"alpha": config.quantile} if config.range_estimator == "quantile" else {}
+        estimator: Callable[..., RangeEstimator] = RANGE_ESTIMATORS[config.estimator]
+        extra = {"alpha": config.quantile} if config.estimator == "quantile" else {}
         return cls(
             PageFormat.uniform(head_size, config.bits, dtype),
             estimator(factor=config.key_factor, **extra),

@@ -271,7 +271,7 @@ def _store_ranges(p_ranges, p_clip, p_mix, p_levels, o_c, m_c, low, high, mean, 
     tl.store(p_ranges + D + o_c, offset, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_visual"])
 def _store_kernel(
     p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
     p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_visual,
@@ -427,20 +427,20 @@ def _launch_gluon(
     visual: int,
 ) -> None:
     num_tokens, num_heads = key.shape[:2]
-    # A program copies a few rows of text of one head in a decode step, and of all heads in a large
+    # A program copies some rows of text: of one head in a decode step, and of all heads in a large
     # step, where most programs find nothing.
-    rows, head_step = (8, num_heads) if num_tokens <= 512 else (32, 1)
+    head_step = num_heads if num_tokens <= 512 else 1
     constants = gluon_constants(fmt)
     warps = constants["NUM_WARPS"]
     limit = {"maxnreg": STORE_REGISTERS} if fmt.uniform_bits == 1 else {}
     k, v = key.view(torch.int32), value.view(torch.int32)
-    text_tiles = triton.cdiv(num_tokens, rows)
+    text_tiles = triton.cdiv(num_tokens, constants["BR"])
     _fast_store_kernel[(2 * visual * num_heads + text_tiles * head_step,)](
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
         visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
         fmt.key_clips, fmt.value_clips, fmt.key_mixes, fmt.value_mixes,
-        BR=rows, HOPPER=torch.cuda.get_device_capability(key.device) >= (9, 0), **constants,
+        HOPPER=torch.cuda.get_device_capability(key.device) >= (9, 0), **constants,
         num_warps=warps, enable_fp_fusion=False, **limit,
     )  # fmt: skip
 
@@ -454,6 +454,7 @@ def gluon_constants(fmt: DeviceFormat) -> dict[str, int]:
         "SLOTS": page.slots,
         "FULL": page.tile_slots(page.key_planes),
         "RANGE_OFFSET": page.range_offset // 2,
+        "BR": BLOCK,
         "NUM_WARPS": 8 // bits,
     }
 

@@ -362,7 +362,8 @@ def _store_text(
                     gl.store(p_row + i_row * (2 * W) + W, zero, mask=missing)
 
 
-@gluon.jit
+# One compilation for all steps: what changes from step to step is not specialised.
+@gluon.jit(do_not_specialize=["num_tokens", "num_visual", "text_head_step"])
 def _store_kernel(
     p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh,
     p_cache, p_words, stride_page, stride_head, p_slot_mapping, num_tokens, num_heads,

@@ -4,7 +4,8 @@
 ``--summary`` prints the ratios of the newest record.
 
 Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of
-which reads another set of pages until more than 200 MB have been read, so that L2 is cold.  Decode
+which reads the cache of another layer until more than 200 MB have been read, so that L2 is cold;
+as in a model, block tables are those of the step and the same for all layers.  Decode
 time is everything from the query to the written output (split, merge, and for calibration the pass
 for the extremes) over visual tokens only, in full pages; FlashAttention reads the same number of
 tokens from a paged bf16 or fp8 cache with block size 16, and xformers' split-k decode, which the
@@ -36,7 +37,7 @@ from csrc_triton import (
 )
 from csrc_triton.attention import ATTEND, CALIBRATE, EXTREMES
 from csrc_triton.decode import MAX_REGISTERS
-from csrc_triton.metadata import ITEMS_PER_SM
+from csrc_triton.metadata import PROGRAMS_PER_SM
 from vllm_calibquant.format import PageFormat
 from vllm_calibquant.tags import tag
 
@@ -114,54 +115,58 @@ def visual_ids(tokens: int, first_page: int, slots: int) -> list[int]:
     return [tag(first_page + i // slots, i % slots) for i in range(blocks)]
 
 
+def num_layers(layer_bytes: int) -> int:
+    """Layers to go through until L2 is cold again."""
+    return max(1, min(64, -(-int(COLD_BYTES) // layer_bytes)))
+
+
 class Decode:
-    """Our decode attention at one shape, over as many sets of pages as keep L2 cold."""
+    """Our decode attention at one shape, in as many layers as keep L2 cold.
+
+    As in a model, all layers share the tables of the step; each has a cache of its own.
+    """
 
     def __init__(
         self, hq: int, hkv: int, tokens: int, batch: int, d: int = 128, bits: int = 1,
-        dtype: torch.dtype = torch.bfloat16, items_per_sm: int | None = None,
+        dtype: torch.dtype = torch.bfloat16, programs_per_sm: int | None = None,
     ) -> None:  # fmt: skip
         page = PageFormat.uniform(d, bits, dtype)
         self.fmt = DeviceFormat(page, "cuda")
         per_request = -(-tokens // page.tokens)
-        set_pages = per_request * batch
-        set_bytes = set_pages * hkv * page.head_bytes
-        sets = max(1, min(64, -(-int(COLD_BYTES) // set_bytes)))
-        self.cache = visual_cache(set_pages * sets, hkv, page)
+        pages = per_request * batch
+        layers = num_layers(pages * hkv * page.head_bytes)
+        self.caches = [visual_cache(pages, hkv, page) for _ in range(layers)]
         self.scale = d**-0.5
-        self.tables, self.queries = [], []
-        order = torch.randperm(set_pages * sets).tolist()
+        order = torch.randperm(pages).tolist()
+        rows = [
+            [tag(order[b * per_request + i // page.slots], i % page.slots)
+             for i in range(tokens // BLOCK)] + [0]
+            for b in range(batch)
+        ]  # fmt: skip
+        table = torch.tensor(rows, dtype=torch.int32, device="cuda")
         lens = torch.full((batch,), tokens + 1, dtype=torch.int32, device="cuda")
         starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         mapping = torch.full((batch,), -1, dtype=torch.int64, device="cuda")
-        for s in range(sets):
-            rows = []
-            for b in range(batch):
-                base = (s * batch + b) * per_request
-                rows.append([tag(order[base + i // page.slots], i % page.slots)
-                             for i in range(tokens // BLOCK)] + [0])  # fmt: skip
-            table = torch.tensor(rows, dtype=torch.int32, device="cuda")
-            tables = allocate_tables(
-                max_num_reqs=batch, max_num_blocks=table.shape[1], max_num_tokens=max(batch, 32),
-                slots=page.slots, num_kv_heads=hkv, device="cuda", items_per_sm=items_per_sm,
-            )  # fmt: skip
-            build_tables(tables, table, lens, starts, mapping, num_decodes=batch)
-            self.tables.append(tables)
-            self.queries.append(torch.randn(batch, hq, d, dtype=page.dtype, device="cuda"))
         self.step_inputs = (table, lens, starts, mapping)
-        self.scratch = allocate_scratch(tables, hq, d)
-        self.out = torch.empty_like(self.queries[0])
+        self.tables = allocate_tables(
+            max_num_reqs=batch, max_num_blocks=table.shape[1], max_num_tokens=max(batch, 32),
+            slots=page.slots, num_kv_heads=hkv, device="cuda", programs_per_sm=programs_per_sm,
+        )  # fmt: skip
+        build_tables(self.tables, *self.step_inputs, num_decodes=batch)
+        self.scratch = allocate_scratch(self.tables, hq, d)
+        self.query = torch.randn(batch, hq, d, dtype=page.dtype, device="cuda")
+        self.out = torch.empty_like(self.query)
 
     def launches(self, calibration: tuple[float, float] | None, kernel: str) -> list[Callable]:
-        """One call for each set of pages."""
+        """One call for each layer."""
 
-        def one(tables: Any, query: torch.Tensor) -> Callable[[], None]:
+        def one(cache: torch.Tensor) -> Callable[[], None]:
             return lambda: decode_attention(
-                tables, self.scratch, self.fmt, query, self.cache, self.out, scale=self.scale,
+                self.tables, self.scratch, self.fmt, self.query, cache, self.out, scale=self.scale,
                 calibration=calibration, kernel=kernel,
             )  # fmt: skip
 
-        return [one(t, q) for t, q in zip(self.tables, self.queries, strict=True)]
+        return [one(cache) for cache in self.caches]
 
     def time(self, calibration: tuple[float, float] | None = None, kernel: str = "auto") -> float:
         """Microseconds of one call."""
@@ -170,7 +175,7 @@ class Decode:
     def time_tables(self) -> float:
         """Microseconds of the kernel that makes a step's tables."""
         batch = self.step_inputs[1].shape[0]
-        return time_us([lambda: build_tables(self.tables[0], *self.step_inputs, num_decodes=batch)])
+        return time_us([lambda: build_tables(self.tables, *self.step_inputs, num_decodes=batch)])
 
 
 def time_flash(
@@ -182,17 +187,15 @@ def time_flash(
 
     fp8 = dtype == torch.float8_e4m3fn
     blocks = -(-tokens // BLOCK)
-    set_bytes = batch * blocks * BLOCK * hkv * 2 * d * dtype.itemsize
-    sets = max(1, min(64, -(-int(COLD_BYTES) // set_bytes)))
-    shape = (batch * blocks * sets, hkv, BLOCK, 2 * d)
+    layers = num_layers(batch * blocks * BLOCK * hkv * 2 * d * dtype.itemsize)
+    shape = (layers, batch * blocks, hkv, BLOCK, 2 * d)
     if fp8:
         cache = torch.randint(0, 0x60, shape, dtype=torch.uint8, device="cuda").view(dtype)
     else:
         cache = torch.empty(shape, dtype=dtype, device="cuda").normal_()
-    key, value = cache.transpose(1, 2).split(d, -1)
     lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    order = torch.randperm(shape[0], device="cuda").to(torch.int32).view(sets, batch, blocks)
+    table = torch.randperm(shape[1], device="cuda").to(torch.int32).view(batch, blocks)
     extra: dict[str, Any] = {}
     if fp8:
         one = torch.ones(1, device="cuda").expand(batch, hkv)
@@ -205,34 +208,37 @@ def time_flash(
     query = torch.randn(batch, hq, d, device="cuda").to(dtype)
     out = torch.empty(batch, hq, d, dtype=torch.bfloat16 if fp8 else dtype, device="cuda")
 
-    def one_set(table: torch.Tensor) -> Callable[[], None]:
+    def one(layer: torch.Tensor) -> Callable[[], None]:
+        key, value = layer.transpose(1, 2).split(d, -1)
         return lambda: flash_attn_varlen_func(
             query, key, value, 1, starts, tokens, seqused_k=lens, softmax_scale=d**-0.5,
             causal=True, block_table=table, out=out, scheduler_metadata=meta, fa_version=3, **extra,
         )  # fmt: skip
 
-    return time_us([one_set(order[s]) for s in range(sets)])
+    return time_us([one(layer) for layer in cache])
 
 
 def time_xformers(hq: int, hkv: int, tokens: int, batch: int, d: int = 128) -> float:
     """Microseconds of xformers' split-k decode in bf16, with its own choice of splits."""
     from xformers.ops.fmha import attn_bias, memory_efficient_attention_forward, triton_splitk
 
-    sets = max(1, min(64, -(-int(COLD_BYTES) // (batch * tokens * hkv * 2 * d * 2))))
-    cache = torch.empty(sets, 2, 1, batch * tokens, hkv, 1, d, dtype=torch.bfloat16, device="cuda")
+    layers = num_layers(batch * tokens * hkv * 2 * d * 2)
+    cache = torch.empty(
+        layers, 2, 1, batch * tokens, hkv, 1, d, dtype=torch.bfloat16, device="cuda"
+    )
     cache.normal_()
     bias = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * batch, kv_padding=tokens, kv_seqlen=[tokens] * batch, device="cuda"
     )
     query = torch.randn(1, batch, hkv, hq // hkv, d, device="cuda").bfloat16()
 
-    def one_set(key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
+    def one(key: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
         k, v = (x.expand(-1, -1, -1, hq // hkv, -1) for x in (key, value))
         return lambda: memory_efficient_attention_forward(
             query, k, v, bias, op=triton_splitk.FwOp
         )  # fmt: skip
 
-    return time_us([one_set(*cache[s]) for s in range(sets)])
+    return time_us([one(*layer) for layer in cache])
 
 
 def time_prefill(
@@ -453,7 +459,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --summary prints the newest record")
     settings = {
-        "items_per_sm": ITEMS_PER_SM,
+        "programs_per_sm": PROGRAMS_PER_SM,
         "max_registers": {
             "attend": MAX_REGISTERS[ATTEND],
             "extremes": MAX_REGISTERS[EXTREMES],

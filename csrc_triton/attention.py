@@ -1,8 +1,8 @@
 """Attention over cached visual pages in plain Triton: every format, decode and prefill.
 
 One kernel serves decode (rows are the query heads of one KV head, work is split over items of runs)
-and prefill (rows are pairs of query token and head; a program reads all runs of its request, or one
-of ``SPLITS`` shares of them).
+and prefill (rows are pairs of query token and head; a program reads one of ``splits`` shares of the
+runs of its request).
 It needs neither Gluon nor Hopper.  The decode fast path is in :mod:`csrc_triton.decode_gluon`.
 
 For a run of sub-slots of one page, with the page's scale and offset (method.md, post-scaling)::
@@ -37,7 +37,7 @@ ATTEND = 0
 EXTREMES = 1
 """Mode: smallest and largest score of each row."""
 CALIBRATE = 2
-"""Mode: softmax over the calibrated scores; extremes are read, or found where nothing is split."""
+"""Mode: softmax over the calibrated scores, whose extremes are read."""
 
 
 @triton.jit
@@ -109,33 +109,51 @@ def _codes(
 
 
 @triton.jit
+def _page_query(q, p_range, o_d, m_d, D: tl.constexpr, DOT: tl.constexpr):
+    """Rows q ``[rows, BD]`` times a page's K scale, and their products with its K offset."""
+    scale = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
+    offset = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
+    return (q * scale[None, :]).to(DOT), tl.sum(q * offset[None, :], 1)
+
+
+@triton.jit
 def _scores(
-    q, p_page, p_plane, start, token_end, o_d, scale, offset,
+    qs, bias, p_page, p_plane, start, token_end, o_d,
     D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
     FULL: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[rows, tokens]`` of q ``[rows, BD]`` (1/sqrt(D) included) against a page's keys."""
+    """Scores ``[rows, tokens]`` against a page's keys (1/sqrt(D) is in the query)."""
     codes = _codes(
         p_page, p_plane, start, token_end, o_d, D, BITS, PLANES, SLOTS, FULL, False, BT, WHOLE
     )
-    qs = (q * scale[None, :]).to(DOT)
-    bias = tl.sum(q * offset[None, :], 1)
     return tl.dot(qs, tl.trans(codes.to(tl.float32).to(DOT))) + bias[:, None]
 
 
 @triton.jit
+def _run_tokens(p_req_runs, i_run, begin, end, HALF: tl.constexpr):
+    """Tagged id of a run's first sub-slot, and its tokens in half runs begin .. end - 1."""
+    first = tl.load(p_req_runs + i_run * 2)
+    token_begin = ((first >> _TAG) - 1) * 16
+    token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
+    token_begin = tl.where(i_run * 2 < begin, tl.maximum(token_begin, HALF * 16), token_begin)
+    token_end = tl.where(i_run * 2 + 2 > end, tl.minimum(token_end, HALF * 16), token_end)
+    return first, token_begin, token_end
+
+
+@triton.jit(do_not_specialize=["first_req", "stride_lh", "stride_ls", "splits"])
 def _attend_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_num_runs, p_query_start, first_req,
-    p_item_req, p_item_run, p_item_end, p_plan, p_item_start,
+    p_items, p_plan, p_item_start,
     p_out, stride_ot, stride_oh, p_lse, stride_lt, stride_lh,
     p_low, p_high, p_key_plane, p_value_plane, scale, tau_min, tau_max,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
     VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
-    MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr,
-    stride_os=0, stride_ls=0, SPLITS: tl.constexpr = 1,
+    HALF: tl.constexpr, MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    stride_os=0, stride_ls=0, splits=1,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     o_r = tl.arange(0, BM)
@@ -144,18 +162,18 @@ def _attend_kernel(
     m_d = o_d < D
     if DECODE:
         i_item = tl.program_id(0)
-        if i_item >= tl.load(p_plan):
+        if i_item >= tl.load(p_plan + 4):
             return
-        req = tl.load(p_item_req + i_item)
-        run_begin = tl.load(p_item_run + i_item)
-        run_end = tl.load(p_item_end + i_item)
+        req = tl.load(p_items + 4 * i_item)
+        begin = tl.load(p_items + 4 * i_item + 1)
+        end = tl.load(p_items + 4 * i_item + 2)
         m_r = o_r < GROUP
         o_q = tl.zeros([BM], tl.int32) + req
         o_h = i_head * GROUP + o_r
         o_o = tl.zeros([BM], tl.int32) + i_item
     else:
-        req = first_req + tl.program_id(2) // SPLITS
-        i_split = (tl.program_id(2) % SPLITS).to(tl.int64)
+        req = first_req + tl.program_id(2) // splits
+        i_split = (tl.program_id(2) % splits).to(tl.int64)
         query_begin = tl.load(p_query_start + req)
         rows = (tl.load(p_query_start + req + 1) - query_begin) * GROUP
         o_m = tl.program_id(0) * BM + o_r
@@ -166,8 +184,8 @@ def _attend_kernel(
         o_h = i_head * GROUP + o_m % GROUP
         o_o = o_q
         num_runs = tl.load(p_num_runs + req)
-        run_begin = (num_runs * i_split // SPLITS).to(tl.int32)
-        run_end = (num_runs * (i_split + 1) // SPLITS).to(tl.int32)
+        begin = 2 * (num_runs * i_split // splits).to(tl.int32)
+        end = 2 * (num_runs * (i_split + 1) // splits).to(tl.int32)
         p_out += i_split * stride_os
         p_lse += i_split * stride_ls
     m_rd = m_r[:, None] & m_d[None, :]
@@ -179,18 +197,16 @@ def _attend_kernel(
     high = tl.full([BM], float("-inf"), tl.float32)
     slope = tl.full([BM], 1.0, tl.float32)
     shift = tl.zeros([BM], tl.float32)
-    if MODE == 1 or (MODE == 2 and not DECODE and SPLITS == 1):
-        for i_run in range(run_begin, run_end):
-            first = tl.load(p_req_runs + i_run * 2)
-            token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
+    if MODE == 1:
+        for i_run in range(begin // 2, (end + 1) // 2):
+            first, token_begin, token_end = _run_tokens(p_req_runs, i_run, begin, end, HALF)
             base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
             p_range = p_cache + base + RANGE_OFFSET
-            ks = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
-            ko = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
-            for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
+            qs, bias = _page_query(q, p_range, o_d, m_d, D, DOT)
+            for start in range(token_begin, token_end, BT):
                 m_token = start + o_t < token_end
                 s = _scores(
-                    q, p_words + base // 2, p_key_plane, start, token_end, o_d, ks, ko,
+                    qs, bias, p_words + base // 2, p_key_plane, start, token_end, o_d,
                     D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
                 )  # fmt: skip
                 low = tl.minimum(low, tl.min(tl.where(m_token[None, :], s, float("inf")), 1))
@@ -208,8 +224,8 @@ def _attend_kernel(
                 p_row = i_other * stride_lt + o_h * stride_lh
                 low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
                 high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
-        elif SPLITS > 1:
-            for i_other in range(SPLITS):
+        else:
+            for i_other in range(splits):
                 p_row = o_o.to(tl.int64) * stride_lt + o_h * stride_lh + i_other * stride_ls
                 low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
                 high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
@@ -222,19 +238,17 @@ def _attend_kernel(
     m_i = tl.full([BM], float("-inf"), tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for i_run in range(run_begin, run_end):
-        first = tl.load(p_req_runs + i_run * 2)
-        token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
+    for i_run in range(begin // 2, (end + 1) // 2):
+        first, token_begin, token_end = _run_tokens(p_req_runs, i_run, begin, end, HALF)
         base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
         p_range = p_cache + base + RANGE_OFFSET
-        ks = tl.load(p_range + o_d, mask=m_d, other=0).to(tl.float32)
-        ko = tl.load(p_range + D + o_d, mask=m_d, other=0).to(tl.float32)
+        qs, bias = _page_query(q, p_range, o_d, m_d, D, DOT)
         vs = tl.load(p_range + 2 * D + o_d, mask=m_d, other=0).to(tl.float32)
         vo = tl.load(p_range + 3 * D + o_d, mask=m_d, other=0).to(tl.float32)
-        for start in range(((first >> _TAG) - 1) * 16, token_end, BT):
+        for start in range(token_begin, token_end, BT):
             m_token = start + o_t < token_end
             s = _scores(
-                q, p_words + base // 2, p_key_plane, start, token_end, o_d, ks, ko,
+                qs, bias, p_words + base // 2, p_key_plane, start, token_end, o_d,
                 D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
             )  # fmt: skip
             if MODE == 2:

@@ -23,6 +23,10 @@ MAX_REGISTERS = {ATTEND: 168, EXTREMES: 112, CALIBRATE: 168}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
 
 
+SCORE_BYTES = 32 << 20
+"""Most bytes of scores that are kept between the passes of calibration: they stay in L2."""
+
+
 def max_registers(mode: int, group: int) -> int:
     """Limit of registers for a mode and a query group (16 query columns need twice as many)."""
     return MAX_REGISTERS[mode] if group <= 8 else 255
@@ -38,23 +42,35 @@ class DecodeScratch:
         float32 ``[max_items, Hq, D]``: normalised partial output of an item.
     lse, low, high : torch.Tensor
         float32 ``[max_items, Hq]``: its log-sum-exp, smallest and largest score.
+    scores : torch.Tensor
+        float32 ``[runs, Hq, page tokens]``: with one query head a KV head, the scores of a step
+        with few enough runs, kept from the pass for the extremes; no runs otherwise.  The last is
+        room to read past the end.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    scores: torch.Tensor
 
 
 def allocate_scratch(tables: StepTables, num_heads: int, head_size: int) -> DecodeScratch:
     """Allocate the buffers of :func:`decode_attention`; ``num_heads`` query heads of this rank."""
     shape = (tables.max_items, num_heads)
     device = tables.plan.device
+    page_tokens = tables.page_rows.shape[1]
+    score_runs = SCORE_BYTES // (4 * num_heads * page_tokens)
+    if num_heads != tables.num_kv_heads:
+        score_runs = 0
     return DecodeScratch(
         out=torch.empty(*shape, head_size, dtype=torch.float32, device=device),
         lse=torch.empty(shape, dtype=torch.float32, device=device),
         low=torch.empty(shape, dtype=torch.float32, device=device),
         high=torch.empty(shape, dtype=torch.float32, device=device),
+        scores=torch.empty(
+            score_runs + 1, num_heads, page_tokens, dtype=torch.float32, device=device
+        ),
     )
 
 
@@ -132,7 +148,7 @@ def decode_attention(
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, BI=8, PDL=use_gluon and pdl, num_warps=2,
+        HAS_LSE=lse is not None, BI=16, PDL=use_gluon and pdl, num_warps=2,
         **({"launch_pdl": True} if use_gluon and pdl else {}),
     )  # fmt: skip
 
@@ -163,21 +179,23 @@ def _split_gluon(
     scale: float,
     calibration: tuple[float, float] | None,
 ) -> None:
-    num_requests, num_heads, d = query.shape
+    _, num_heads, d = query.shape
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
     tau_min, tau_max = calibration or (0.0, 0.0)
     pdl = dependent_launch(query.device)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-        _decode_kernel[(num_kv_heads, tables.items_for(num_requests))](
+        _decode_kernel[(num_kv_heads, tables.target_programs)](
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0),
-            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
-            scratch.out, scratch.lse, scratch.low, scratch.high, scale, tau_min, tau_max,
+            tables.items, tables.item_start, tables.half_start, tables.program_item, tables.plan,
+            scratch.out, scratch.lse, scratch.low, scratch.high,
+            scratch.scores, scratch.scores.shape[0] - 1, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
             BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2,
-            MODE=mode, PDL=pdl, num_warps=1, maxnreg=max_registers(mode, group),
+            HALF=tables.half_slots, MODE=mode, PDL=pdl,
+            num_warps=1, maxnreg=max_registers(mode, group),
             **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
         )  # fmt: skip
 
@@ -200,7 +218,7 @@ def _split_triton(
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, tables.num_runs, 0,
-            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
+            tables.items, tables.plan, tables.item_start,
             scratch.out, scratch.out.stride(0), scratch.out.stride(1),
             scratch.lse, num_heads, 1,
             scratch.low, scratch.high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
@@ -209,7 +227,8 @@ def _split_triton(
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes),
             VALUE_FULL=page.tile_slots(page.value_planes),
-            RANGE_OFFSET=page.range_offset // 2, MODE=mode, DECODE=True, DOT=DOT_DTYPE,
+            RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots,
+            MODE=mode, DECODE=True, DOT=DOT_DTYPE,
             WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip

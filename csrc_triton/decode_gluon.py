@@ -40,6 +40,20 @@ from .fragments import (
     probabilities,
 )
 
+# Triton has given these functions other names since 3.6.
+_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+_async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+
+
+@gluon.jit
+def _reinterpret(ring, dtype: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The bytes of the ring as another type."""
+    if _REINTERPRET:
+        out = ring.reinterpret(dtype, [ROWS, WIDTH], ring.layout)
+    else:
+        out = ring._reinterpret(dtype, [ROWS, WIDTH], ring.layout)
+    return out
+
 
 @gluon.jit
 def _load_tile(page, offset: gl.constexpr, WORDS: gl.constexpr):
@@ -56,7 +70,7 @@ def _fetch(to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexp
     o = gl.arange(0, 8 * D, L)
     o = gl.where(o < CODES, VALUES * CODES + o, RANGES + VALUES * D + (o - CODES) % D)
     o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
-    async_copy.async_copy_global_to_shared(to, p_page + o)
+    _async_load(to, p_page + o)
 
 
 @gluon.jit
@@ -140,13 +154,99 @@ def _load_part(
 
 
 @gluon.jit
+def _part_scores(
+    keys, qs, bias, D: gl.constexpr, BITS: gl.constexpr, SLOTS: gl.constexpr,
+    PART_SLOTS: gl.constexpr, PART: gl.constexpr, MMA: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """Scores of a part of a page: [16 sub-slots, N] for each of its groups."""
+    words = _load_part(keys, D, BITS, SLOTS, PART_SLOTS, PART)
+    out = ()
+    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, PART)):
+        out = out + (
+            group_scores(
+                words[g], qs, bias, group_size(SLOTS, PART_SLOTS, PART, g), BITS, MMA, A, D
+            ),
+        )
+    return out
+
+
+@gluon.jit
+def _store_scores(
+    p, scores, o_c, SLOTS: gl.constexpr, PART_SLOTS: gl.constexpr, PART: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """Keep the first column of the scores of a part."""
+    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, PART)):
+        o_t = 16 * group_first(SLOTS, PART_SLOTS, PART, g)
+        o_t += gl.arange(0, scores[g].shape[0], gl.SliceLayout(1, MMA))
+        gl.store(p + o_t[:, None] + 0 * o_c[None, :], scores[g], mask=(o_c == 0)[None, :])
+
+
+@gluon.jit
+def _fetch_scores(to, p, i_run, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr):
+    """Start to copy the kept scores of a run into the ring, rounded up to 256 tokens."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    p += i_run.to(gl.int64) * (NUM_HEADS * SLOTS * 16)
+    _async_load(to, p + gl.arange(0, 256, L))
+
+
+@gluon.jit
+def _fetch_keys_or_scores(
+    READS: gl.constexpr, keep, ring, kept, p_page, p_scores, i_run, D: gl.constexpr,
+    CODES: gl.constexpr, RANGES: gl.constexpr, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What scores are made of: K of a page, or the scores that the pass before has kept."""
+    if not READS:
+        _fetch(ring, p_page, 0, D, CODES, RANGES)
+    elif keep:
+        _fetch_scores(kept, p_scores, i_run, NUM_HEADS, SLOTS)
+    else:
+        _fetch(ring, p_page, 0, D, CODES, RANGES)
+
+
+@gluon.jit
+def _load_scores(
+    kept, SLOTS: gl.constexpr, PART_SLOTS: gl.constexpr, PART: gl.constexpr, N: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """What :func:`_store_scores` kept, in all columns."""
+    out = ()
+    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, PART)):
+        x = kept.slice(
+            16 * group_first(SLOTS, PART_SLOTS, PART, g),
+            16 * group_size(SLOTS, PART_SLOTS, PART, g),
+        ).load(gl.SliceLayout(1, MMA))
+        out = out + (x[:, None] + gl.zeros([x.shape[0], N], gl.float32, MMA),)
+    return out
+
+
+@gluon.jit
+def _page_query(
+    q_code, unfold, ranges, D: gl.constexpr, BITS: gl.constexpr, CODES: gl.constexpr,
+    MMA: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """The query in units of a page's K scales, and the bias q . lo_K in 16 equal rows."""
+    N: gl.constexpr = q_code.shape[1]
+    scale = ranges.slice(2 * CODES, D).load(gl.SliceLayout(1, B)).to(gl.bfloat16)
+    low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
+    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], gl.bfloat16, A))
+    plain = multiply_again(q_code, unfold[:, None])
+    bias = mma_v2(rows, plain, gl.zeros([16, N], gl.float32, MMA))
+    qs = multiply(q_code, scale[:, None])
+    if D == 128:  # plane block 15 exists
+        bias = last_block_bias(qs, bias, (1 << BITS) - 1, A, B)
+    return bias, qs
+
+
+@gluon.jit
 def _decode_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
-    p_runs, stride_runs, p_item_req, p_item_run, p_item_end, p_plan, p_item_start,
-    p_out, p_lse, p_low, p_high, scale, tau_min, tau_max,
+    p_runs, stride_runs, p_items, p_item_start, p_half_start,
+    p_program_item, p_plan,
+    p_out, p_lse, p_low, p_high, p_scores, score_runs, scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, MODE: gl.constexpr,
-    PDL: gl.constexpr,
+    BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr,
+    MODE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -160,208 +260,238 @@ def _decode_kernel(
     if PDL:
         gdc_launch_dependents()  # the next launch waits for this one's results itself
     i_head = gl.program_id(0)
-    i_item = gl.program_id(1)
-    num_items = gl.load(p_plan)
-    req = gl.load(p_item_req + i_item)
-    run_begin = gl.load(p_item_run + i_item)
-    run_end = gl.load(p_item_end + i_item)
-    if i_item >= num_items:
+    i_program = gl.program_id(1)
+    num_programs = gl.load(p_plan)
+    item_begin = gl.load(p_program_item + i_program)
+    item_end = gl.load(p_program_item + i_program + 1)
+    if i_program >= num_programs:
         return
-    p_run = p_runs + req.to(gl.int64) * stride_runs
 
-    # Queries as a B operand [D, N]: plain for the bias, and with the powers of the code bits.
+    # What is the same for all items.
     o_k = gl.arange(0, D, gl.SliceLayout(1, B))
     o_n = gl.arange(0, N, gl.SliceLayout(0, B))
-    p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
-    q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
-    weight = pow2(-SCORE_EXP - 4 - exponent(o_k // 8)) * 16.0
-    weight = gl.where(o_k // 8 == 15, -0.5 * weight, weight)
-    q_code = (q * weight[:, None]).to(gl.bfloat16)
-    unfold = gl.where(o_k // 8 == 15, 0xC000, 1 << (o_k // 8)).to(gl.int16)
-    unfold = unfold.to(gl.bfloat16, bitcast=True)  # what takes the powers out again
-
     o_c = gl.arange(0, N, COLUMN)
     o_d = gl.arange(0, D, ROW)
+    o_i = gl.arange(0, 16, ROW)
     m_c = o_c < GROUP
     o_h = i_head * GROUP + o_c
     unit = scale * LOG2E * 1073741824.0  # 2**SCORE_EXP: accumulators to log2 of a probability
-    factor = gl.zeros([N], gl.float32, COLUMN) + unit
-    shift = gl.zeros([N], gl.float32, COLUMN)
-    if MODE == 2:
-        begin = gl.load(p_item_start + req)
-        end = gl.load(p_item_start + req + 1)
-        o_i = gl.arange(0, 16, ROW)
-        low = gl.full([16, N], float("inf"), gl.float32, MMA)
-        high = gl.full([16, N], float("-inf"), gl.float32, MMA)
-        if PDL:
-            gdc_wait()  # for the extremes
-        for start in range(begin, end, 16):
-            at = (start + o_i)[:, None] * NUM_HEADS + o_h[None, :]
-            m = (start + o_i < end)[:, None] & m_c[None, :]
-            low = gl.minimum(low, gl.load(p_low + at, mask=m, other=float("inf")))
-            high = gl.maximum(high, gl.load(p_high + at, mask=m, other=float("-inf")))
-        low = gl.where(m_c, gl.min(low, 0), 0.0)
-        high = gl.where(m_c, gl.max(high, 0), 0.0)
-        width = high - low
-        some = width > 0
-        slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
-        # Not exactly 0: the masked scores are -inf and must stay so.
-        slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
-        top = low - tau_min + width * slope  # the largest calibrated score
-        factor = factor * slope
-        shift = P_EXP - high * slope * LOG2E
-    low = gl.full([N], float("inf"), gl.float32, COLUMN)
-    high = gl.full([N], float("-inf"), gl.float32, COLUMN)
-    m_i = gl.full([N], -1e30, gl.float32, COLUMN)  # finite: a part may have no token of the run
-    l_i = gl.zeros([N], gl.float32, COLUMN)
-    acc = gl.zeros([D, N], gl.float32, MMA)
+    unfold = gl.where(o_k // 8 == 15, 0xC000, 1 << (o_k // 8)).to(gl.int16)
+    unfold = unfold.to(gl.bfloat16, bitcast=True)  # what takes the powers out of q_code again
     v_weight = pow2(-exponent(o_d // 8) - P_EXP)
     v_weight = gl.where(o_d // 8 == 15, -0.5 * v_weight, v_weight)
     v_half = gl.where(o_d // 8 == 15, 0.5, 0.0)
 
     # A ring in shared memory: K and V of a page take a stage each, and the next K comes meanwhile;
-    # the next V comes when this K has been used.
+    # the next V comes when this page has been used.
     CODES: gl.constexpr = SLOTS * (BITS * D // 2)  # words of the K codes
     P_RANGES: gl.constexpr = RANGE_OFFSET // 2
     STAGES: gl.constexpr = 2 if MODE == 1 else 3
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * D], flat)
-    numbers = ring._reinterpret(p_cache.dtype.element_ty, [STAGES, 16 * D], flat)
-    first = gl.load(p_run + run_begin * 2)
-    last_slot = gl.load(p_run + run_begin * 2 + 1)
-    base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
-    k_stage = 0
-    v_stage = 1
-    _fetch(ring.index(k_stage), p_words + base // 2, 0, D, CODES, P_RANGES)
-    async_copy.commit_group()
-    if MODE != 1:
-        _fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
-        async_copy.commit_group()
-    for i_run in range(run_begin, run_end):
-        end_slot = last_slot + 1
-        first_slot = (first >> TAG) - 1
-        more = i_run + 1 < run_end
-        ahead = gl.minimum(i_run + 1, run_end - 1)
-        first = gl.load(p_run + ahead * 2)
-        last_slot = gl.load(p_run + ahead * 2 + 1)
+    numbers = _reinterpret(ring, p_cache.dtype.element_ty, STAGES, 16 * D)
+    kept = _reinterpret(ring, gl.float32, STAGES * D // 32, 256)
+    # With one query head a KV head, the pass for the extremes may leave its scores to the next.
+    STORES: gl.constexpr = MODE == 1 and GROUP == 1
+    READS: gl.constexpr = MODE == 2 and GROUP == 1
+    keep = gl.load(p_plan + 5) <= score_runs
+    if MODE == 2 and PDL:
+        gdc_wait()  # for the extremes
+    for i_item in range(item_begin, item_end):
+        req = gl.load(p_items + 4 * i_item)
+        begin = gl.load(p_items + 4 * i_item + 1)
+        end = gl.load(p_items + 4 * i_item + 2)
+        first = gl.load(p_items + 4 * i_item + 3)
+        run_begin = begin // 2
+        run_end = (end + 1) // 2
+        p_run = p_runs + req.to(gl.int64) * stride_runs
+        last_slot = gl.load(p_run + run_begin * 2 + 1)
         base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
-        k_next = STAGES - k_stage - v_stage
-        if more:
-            _fetch(ring.index(k_next), p_words + base // 2, 0, D, CODES, P_RANGES)
+        p_run_scores = p_scores
+        if STORES or READS:
+            run = gl.load(p_half_start + req) // 2
+            p_run_scores += (run.to(gl.int64) * NUM_HEADS + i_head) * (SLOTS * 16)
+        k_stage = 0
+        v_stage = 1
+        _fetch_keys_or_scores(
+            READS, keep, ring.index(k_stage), kept.index(k_stage * (D // 32)), p_words + base // 2,
+            p_run_scores, run_begin, D, CODES, P_RANGES, NUM_HEADS, SLOTS,
+        )  # fmt: skip
         async_copy.commit_group()
-        async_copy.wait_group(STAGES - 1)
-        keys = ring.index(k_stage)
-        k_ranges = numbers.index(k_stage)
-        k_scale = k_ranges.slice(2 * CODES, D).load(gl.SliceLayout(1, B))
-        k_low = k_ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A))
-        rows, _ = gl.broadcast(k_low.to(gl.bfloat16)[None, :], gl.zeros([16, D], gl.bfloat16, A))
-        q_bias = multiply_again(q_code, unfold[:, None])
-        bias = mma_v2(rows, q_bias, gl.zeros([16, N], gl.float32, MMA))
-        qs = multiply(q_code, k_scale.to(gl.bfloat16)[:, None])
-        if SIGNED:
-            bias = last_block_bias(qs, bias, (1 << BITS) - 1, A, B)
-        whole = (first_slot == 0) & (end_slot == SLOTS)
-        p_sum = gl.zeros([16, N], gl.float32, MMA)
-        out = gl.zeros([D, N], gl.float32, MMA)
-        rescale = gl.full([N], 1.0, gl.float32, COLUMN)
-        for part in gl.static_range(PARTS):
-            k_words = _load_part(keys, D, BITS, SLOTS, PART_SLOTS, part)
-            scores = ()
-            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                scores = scores + (
-                    group_scores(
-                        k_words[g],
-                        qs,
-                        bias,
-                        group_size(SLOTS, PART_SLOTS, part, g),
-                        BITS,
-                        MMA,
-                        A,
-                        D,
-                    ),
+        if MODE != 1:
+            _fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
+            async_copy.commit_group()
+
+        # Queries as a B operand [D, N] with the powers of the code bits.
+        p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
+        q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
+        weight = pow2(-SCORE_EXP - 4 - exponent(o_k // 8)) * 16.0
+        weight = gl.where(o_k // 8 == 15, -0.5 * weight, weight)
+        q_code = (q * weight[:, None]).to(gl.bfloat16)
+        factor = gl.zeros([N], gl.float32, COLUMN) + unit
+        shift = gl.zeros([N], gl.float32, COLUMN)
+        if MODE == 2:
+            first_item = gl.load(p_item_start + req)
+            end_item = gl.load(p_item_start + req + 1)
+            low = gl.full([16, N], float("inf"), gl.float32, MMA)
+            high = gl.full([16, N], float("-inf"), gl.float32, MMA)
+            for start in range(first_item, end_item, 16):
+                at = (start + o_i)[:, None] * NUM_HEADS + o_h[None, :]
+                m = (start + o_i < end_item)[:, None] & m_c[None, :]
+                low = gl.minimum(low, gl.load(p_low + at, mask=m, other=float("inf")))
+                high = gl.maximum(high, gl.load(p_high + at, mask=m, other=float("-inf")))
+            low = gl.where(m_c, gl.min(low, 0), 0.0)
+            high = gl.where(m_c, gl.max(high, 0), 0.0)
+            width = high - low
+            some = width > 0
+            slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
+            # Not exactly 0: the masked scores are -inf and must stay so.
+            slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
+            top = low - tau_min + width * slope  # the largest calibrated score
+            factor = factor * slope
+            shift = P_EXP - high * slope * LOG2E
+        low = gl.full([N], float("inf"), gl.float32, COLUMN)
+        high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+        m_i = gl.full([N], -1e30, gl.float32, COLUMN)  # finite: a part may have no token of the run
+        l_i = gl.zeros([N], gl.float32, COLUMN)
+        acc = gl.zeros([D, N], gl.float32, MMA)
+        for i_run in range(run_begin, run_end):
+            first_slot = (first >> TAG) - 1
+            end_slot = last_slot + 1
+            if i_run * 2 < begin:
+                first_slot = gl.maximum(first_slot, HALF)
+            if i_run * 2 + 2 > end:
+                end_slot = gl.minimum(end_slot, HALF)
+            more = i_run + 1 < run_end
+            ahead = gl.minimum(i_run + 1, run_end - 1)
+            first = gl.load(p_run + ahead * 2)
+            last_slot = gl.load(p_run + ahead * 2 + 1)
+            base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+            k_next = STAGES - k_stage - v_stage
+            if more:
+                _fetch_keys_or_scores(
+                    READS, keep, ring.index(k_next), kept.index(k_next * (D // 32)),
+                    p_words + base // 2, p_run_scores, ahead, D, CODES, P_RANGES, NUM_HEADS, SLOTS,
+                )  # fmt: skip
+            async_copy.commit_group()
+            async_copy.wait_group(STAGES - 1)
+            keys = ring.index(k_stage)
+            if READS:
+                bias = gl.zeros([16, N], gl.float32, MMA)
+                qs = q_code
+                if not keep:
+                    bias, qs = _page_query(
+                        q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
+                    )
+            else:
+                bias, qs = _page_query(
+                    q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
                 )
-            if MODE != 1 and part == PARTS - 1:
+            whole = (first_slot == 0) & (end_slot == SLOTS)
+            p_sum = gl.zeros([16, N], gl.float32, MMA)
+            out = gl.zeros([D, N], gl.float32, MMA)
+            rescale = gl.full([N], 1.0, gl.float32, COLUMN)
+            for part in gl.static_range(PARTS):
+                if (first_slot < (part + 1) * PART_SLOTS) & (end_slot > part * PART_SLOTS):
+                    p_part = p_run_scores + i_run.to(gl.int64) * (NUM_HEADS * SLOTS * 16)
+                    if not READS:
+                        scores = _part_scores(
+                            keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A
+                        )
+                    elif keep:
+                        scores = _load_scores(
+                            kept.index(k_stage * (D // 32)), SLOTS, PART_SLOTS, part, N, MMA
+                        )
+                    else:
+                        scores = _part_scores(
+                            keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A
+                        )
+                    if STORES:  # noqa: SIM102 - one is known when compiled, one is not
+                        if keep:
+                            _store_scores(p_part, scores, o_c, SLOTS, PART_SLOTS, part, MMA)
+                    if MODE == 1:
+                        low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
+                        top_tile = gl.full([16, N], float("-inf"), gl.float32, MMA)
+                        if whole:
+                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
+                                top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
+                                low_tile = gl.minimum(low_tile, fold_min(scores[g], MMA))
+                        else:
+                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
+                                m = inside(
+                                    group_first(SLOTS, PART_SLOTS, part, g),
+                                    group_size(SLOTS, PART_SLOTS, part, g),
+                                    first_slot, end_slot, MMA,
+                                )  # fmt: skip
+                                s = gl.where(m, scores[g], float("-inf"))
+                                top_tile = gl.maximum(top_tile, fold_max(s, MMA))
+                                s = gl.where(m, scores[g], float("inf"))
+                                low_tile = gl.minimum(low_tile, fold_min(s, MMA))
+                        high = gl.maximum(high, gl.max(top_tile, 0))
+                        low = gl.minimum(low, gl.min(low_tile, 0))
+                    else:
+                        if not whole:
+                            masked = ()
+                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
+                                m = inside(
+                                    group_first(SLOTS, PART_SLOTS, part, g),
+                                    group_size(SLOTS, PART_SLOTS, part, g),
+                                    first_slot, end_slot, MMA,
+                                )  # fmt: skip
+                                masked = masked + (gl.where(m, scores[g], float("-inf")),)
+                            scores = masked
+                        if MODE == 0:
+                            top_tile = fold_max(scores[0], MMA)
+                            for g in gl.static_range(1, num_groups(SLOTS, PART_SLOTS, part)):
+                                top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
+                            m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
+                            alpha = gl.exp2(m_i - m_new)
+                            m_i = m_new
+                            shift = P_EXP - m_new
+                            rescale *= alpha
+                            if part > 0:
+                                p_sum *= alpha[None, :]
+                                out *= alpha[None, :]
+                        weights = ()
+                        for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
+                            p, b = probabilities(scores[g], factor, shift, B)
+                            p_sum += fold_sum(p, MMA)
+                            weights = weights + (b,)
+                        async_copy.wait_group(1)
+                        v_words = _load_part(ring.index(v_stage), D, BITS, SLOTS, PART_SLOTS, part)
+                        for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
+                            out = group_output(v_words[g], weights[g], out, BITS, A, D)
+            if MODE != 1:
+                async_copy.wait_group(1)
+                v_ranges = numbers.index(v_stage)
+                v_scale = v_ranges.slice(2 * CODES, D).load(ROW).to(gl.float32)
+                v_low = v_ranges.slice(2 * CODES + D, D).load(ROW).to(gl.float32)
+                if SIGNED:
+                    v_low += v_half * (v_scale * ((1 << BITS) - 1))
+                total = gl.sum(p_sum, 0) * 7.888609052210118e-31  # 2**-P_EXP
+                if MODE == 0:
+                    l_i *= rescale
+                    acc *= rescale[None, :]
+                l_i += total
+                acc += out * (v_scale * v_weight)[:, None]
+                acc += v_low[:, None] * total[None, :]
                 if more:
                     _fetch(ring.index(k_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
                 async_copy.commit_group()
-            if MODE == 1:
-                low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
-                top_tile = gl.full([16, N], float("-inf"), gl.float32, MMA)
-                if whole:
-                    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                        top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
-                        low_tile = gl.minimum(low_tile, fold_min(scores[g], MMA))
-                else:
-                    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                        m = inside(
-                            group_first(SLOTS, PART_SLOTS, part, g),
-                            group_size(SLOTS, PART_SLOTS, part, g), first_slot, end_slot, MMA,
-                        )  # fmt: skip
-                        s = gl.where(m, scores[g], float("-inf"))
-                        top_tile = gl.maximum(top_tile, fold_max(s, MMA))
-                        s = gl.where(m, scores[g], float("inf"))
-                        low_tile = gl.minimum(low_tile, fold_min(s, MMA))
-                high = gl.maximum(high, gl.max(top_tile, 0))
-                low = gl.minimum(low, gl.min(low_tile, 0))
-            else:
-                if not whole:
-                    masked = ()
-                    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                        m = inside(
-                            group_first(SLOTS, PART_SLOTS, part, g),
-                            group_size(SLOTS, PART_SLOTS, part, g), first_slot, end_slot, MMA,
-                        )  # fmt: skip
-                        masked = masked + (gl.where(m, scores[g], float("-inf")),)
-                    scores = masked
-                if MODE == 0:
-                    top_tile = fold_max(scores[0], MMA)
-                    for g in gl.static_range(1, num_groups(SLOTS, PART_SLOTS, part)):
-                        top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
-                    m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
-                    alpha = gl.exp2(m_i - m_new)
-                    m_i = m_new
-                    shift = P_EXP - m_new
-                    rescale *= alpha
-                    if part > 0:
-                        p_sum *= alpha[None, :]
-                        out *= alpha[None, :]
-                weights = ()
-                for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                    p, b = probabilities(scores[g], factor, shift, B)
-                    p_sum += fold_sum(p, MMA)
-                    weights = weights + (b,)
-                if part == 0:
-                    async_copy.wait_group(2 if PARTS == 1 else 1)
-                v_words = _load_part(ring.index(v_stage), D, BITS, SLOTS, PART_SLOTS, part)
-                for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                    out = group_output(v_words[g], weights[g], out, BITS, A, D)
-        if MODE != 1:
-            v_ranges = numbers.index(v_stage)
-            v_scale = v_ranges.slice(2 * CODES, D).load(ROW).to(gl.float32)
-            v_low = v_ranges.slice(2 * CODES + D, D).load(ROW).to(gl.float32)
-            if SIGNED:
-                v_low += v_half * (v_scale * ((1 << BITS) - 1))
-            total = gl.sum(p_sum, 0) * 7.888609052210118e-31  # 2**-P_EXP
-            if MODE == 0:
-                l_i *= rescale
-                acc *= rescale[None, :]
-            l_i += total
-            acc += out * (v_scale * v_weight)[:, None]
-            acc += v_low[:, None] * total[None, :]
-            v_stage = k_stage
-        k_stage = k_next
+                v_stage = k_stage
+            k_stage = k_next
 
-    at = i_item * NUM_HEADS + o_h
-    if MODE == 1:
-        unit_score = scale * 1073741824.0
-        gl.store(p_low + at, low * unit_score, mask=m_c)
-        gl.store(p_high + at, high * unit_score, mask=m_c)
-    else:
-        total = l_i
-        if MODE == 2:
-            lse = top + gl.log(total)
+        at = i_item.to(gl.int64) * NUM_HEADS + o_h
+        if MODE == 1:
+            unit_score = scale * 1073741824.0
+            gl.store(p_low + at, low * unit_score, mask=m_c)
+            gl.store(p_high + at, high * unit_score, mask=m_c)
         else:
-            lse = m_i / LOG2E + gl.log(total)
-        out = acc / total[None, :]
-        gl.store(p_out + at[None, :] * D + o_d[:, None], out, mask=m_c[None, :])
-        gl.store(p_lse + at, lse, mask=m_c)
+            total = l_i
+            if MODE == 2:
+                lse = top + gl.log(total)
+            else:
+                lse = m_i / LOG2E + gl.log(total)
+            out = acc / gl.where(total > 0, total, 1.0)[None, :]
+            gl.store(p_out + at[None, :] * D + o_d[:, None], out, mask=m_c[None, :])
+            gl.store(p_lse + at, lse, mask=m_c)

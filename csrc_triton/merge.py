@@ -47,8 +47,9 @@ def _merge_splits_kernel(
         m = m_item[:, None] & m_d[None, :]
         x = tl.load(p_part + at[:, None] * D + o_d[None, :], mask=m, other=0).to(tl.float32)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
-        old = tl.exp(m_i - m_new)
-        new = tl.exp(lse - m_new)
+        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+        old = tl.exp(m_i - m_safe)
+        new = tl.exp(lse - m_safe)
         acc = acc * old + tl.sum(x * new[:, None], 0)
         l_i = l_i * old + tl.sum(new, 0)
         m_i = m_new

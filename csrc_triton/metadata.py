@@ -12,9 +12,10 @@ id
   of the first sub-slot and the index of the last sub-slot.
 
 For the store it lists this step's visual pages, the number of tokens that each gets, and the row of
-the step's K and V of every one of them.  The program that finishes last cuts the visual runs of the
-decode requests into *items* of about equal numbers of runs, about as many as the GPU runs at once:
-an item is the unit of work of the split decode kernel.
+the step's K and V of every one of them.  The program that finishes last shares the visual runs of
+the decode requests among the programs of the split decode kernel, as many as the GPU runs at once:
+every program gets as many *half runs* (a run, cut at the middle of its page) in a row, and an
+*item* is what one program has of one request.
 
 Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the
 block table past a request's length hold stale ids; nothing past ``seq_lens`` is looked at.
@@ -34,8 +35,8 @@ _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
-ITEMS_PER_SM = 10
-"""(item, KV head) pairs for each multiprocessor: more than run at once, to even out the end."""
+PROGRAMS_PER_SM = 12
+"""Programs of the decode kernel for each multiprocessor: what its registers hold at once."""
 
 
 @dataclass
@@ -55,21 +56,33 @@ class StepTables:
         its last sub-slot.
     num_runs, visual_lens : torch.Tensor
         int32 ``[max_num_reqs]``: runs of the request and the visual tokens in them.
-    item_req, item_run, item_end : torch.Tensor
-        int32 ``[max_items]``: request of an item, its first run, and the run after its last.
+    items : torch.Tensor
+        int32 ``[max_items, 4]``: request of an item, its first half run, the one after its last,
+        and the tagged id of the first.  Half runs ``2 i`` and ``2 i + 1`` are run i of the request
+        before and from sub-slot ``half_slots`` of the page on; either may be empty.
     item_start : torch.Tensor
         int32 ``[max_num_reqs + 1]``: items of request r are ``item_start[r] .. item_start[r + 1] -
         1``.
+    half_start : torch.Tensor
+        int32 ``[max_num_reqs + 1]``: half runs of all requests before r.
+    program_item : torch.Tensor
+        int32 ``[target_programs + 1]``: items of program p are ``program_item[p] ..
+        program_item[p + 1] - 1``.
     plan : torch.Tensor
-        int32 ``[4]``: number of items, most runs of an item, number of this step's visual pages,
-        and the ticket counter that finds the program that ends last (0 between steps).
+        int32 ``[6]``: number of programs that have items, half runs of a program, number of this
+        step's visual pages, the ticket counter that finds the program that ends last (0 between
+        steps), number of items, and number of runs of all decode requests.
     page_ids, page_tokens : torch.Tensor
         int32 ``[max_pages]``: page and number of tokens of each visual page written in this step.
     page_rows : torch.Tensor
         int32 ``[max_pages, slots * 16]``: row in the step's K and V of each token of such a page;
         entries past ``page_tokens`` are stale.
-    target_items : int
-        Items a step aims at, for each KV head.
+    half_slots : int
+        Sub-slots of the first half of a page.
+    num_kv_heads : int
+        KV heads of this rank.
+    target_programs : int
+        Programs of the decode kernel, for each KV head.
     num_reqs : int
         Requests of the last :func:`build_tables`.
     """
@@ -80,25 +93,27 @@ class StepTables:
     runs: torch.Tensor
     num_runs: torch.Tensor
     visual_lens: torch.Tensor
-    item_req: torch.Tensor
-    item_run: torch.Tensor
-    item_end: torch.Tensor
+    items: torch.Tensor
     item_start: torch.Tensor
+    half_start: torch.Tensor
+    program_item: torch.Tensor
     plan: torch.Tensor
     page_ids: torch.Tensor
     page_tokens: torch.Tensor
     page_rows: torch.Tensor
-    target_items: int
+    half_slots: int
+    num_kv_heads: int
+    target_programs: int
     num_reqs: int = 0
 
     @property
     def max_items(self) -> int:
         """Items that the buffers hold."""
-        return self.item_req.shape[0]
+        return self.items.shape[0]
 
     def items_for(self, num_requests: int) -> int:
-        """Upper bound of the items of ``num_requests`` decode requests: the grid of a launch."""
-        return min(self.max_items, self.target_items + num_requests)
+        """Upper bound of the items of ``num_requests`` decode requests."""
+        return min(self.max_items, self.target_programs + num_requests)
 
 
 def allocate_tables(
@@ -110,7 +125,7 @@ def allocate_tables(
     num_kv_heads: int,
     device: torch.device | str,
     num_sms: int | None = None,
-    items_per_sm: int | None = None,
+    programs_per_sm: int | None = None,
 ) -> StepTables:
     """Allocate the buffers of :func:`build_tables`.
 
@@ -128,14 +143,13 @@ def allocate_tables(
         Device of all buffers.
     num_sms
         Multiprocessors of the device; read from it when it is a CUDA device.
-    items_per_sm
-        (item, KV head) pairs that the plan aims at for each multiprocessor; ``ITEMS_PER_SM`` if
-        None.
+    programs_per_sm
+        Programs of the decode kernel for each multiprocessor; ``PROGRAMS_PER_SM`` if None.
     """
     if num_sms is None:
         cuda = torch.device(device).type == "cuda"
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-    target = max(1, num_sms * (items_per_sm or ITEMS_PER_SM) // num_kv_heads)
+    target = max(1, num_sms * (programs_per_sm or PROGRAMS_PER_SM) // num_kv_heads)
     max_pages = max(1, max_num_tokens // (2 * BLOCK))
 
     def buffer(*shape: int) -> torch.Tensor:
@@ -148,16 +162,23 @@ def allocate_tables(
         runs=buffer(max_num_reqs, max_num_blocks, 2),
         num_runs=buffer(max_num_reqs),
         visual_lens=buffer(max_num_reqs),
-        item_req=buffer(target + max_num_reqs),
-        item_run=buffer(target + max_num_reqs),
-        item_end=buffer(target + max_num_reqs),
+        items=buffer(target + max_num_reqs, 4),
         item_start=buffer(max_num_reqs + 1),
-        plan=buffer(4),
+        half_start=buffer(max_num_reqs + 1),
+        program_item=buffer(target + 1),
+        plan=buffer(6),
         page_ids=buffer(max_pages),
         page_tokens=buffer(max_pages),
         page_rows=buffer(max_pages, slots * BLOCK),
-        target_items=target,
+        half_slots=half_slots(slots),
+        num_kv_heads=num_kv_heads,
+        target_programs=target,
     )
+
+
+def half_slots(slots: int) -> int:
+    """Sub-slots of the first half of a page: a power of two, for 14 of them 8."""
+    return 1 << max(0, (slots - 1).bit_length() - 1)
 
 
 @triton.jit
@@ -181,18 +202,17 @@ def _tables_kernel(
     stride_runs,
     p_num_runs,
     p_visual_lens,
-    p_item_req,
-    p_item_run,
-    p_item_end,
+    p_items,
     p_item_start,
+    p_half_start,
+    p_program_item,
     p_plan,
     p_page_ids,
     p_page_tokens,
     p_page_rows,
     num_reqs,
     num_decodes,
-    target_items,
-    max_items,
+    target_programs,
     PAGE_TOKENS: tl.constexpr,
     BC: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
@@ -286,18 +306,27 @@ def _tables_kernel(
             total += tl.sum(
                 tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0
             )
-        per_item = tl.maximum((total + target_items - 1) // target_items, 1)
+        share = tl.maximum((2 * total + target_programs - 1) // target_programs, 1)
         num_items = 0
+        halves = 0  # half runs of the requests so far
         for start in range(0, num_reqs + 1, BC):
             o_r = start + o_c
             runs = tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg")
-            items = (runs + per_item - 1) // per_item
+            end = halves + 2 * tl.cumsum(runs, 0)
+            begin = end - 2 * runs
+            items = tl.where(runs > 0, (end - 1) // share - begin // share + 1, 0)
             first = num_items + tl.cumsum(items, 0) - items
             tl.store(p_item_start + o_r, first, mask=o_r <= num_reqs)
+            tl.store(p_half_start + o_r, begin, mask=o_r <= num_reqs)
             num_items += tl.sum(items, 0)
-        tl.store(p_plan, num_items)
-        tl.store(p_plan + 1, per_item)
+            halves += 2 * tl.sum(runs, 0)
+        num_programs = (2 * total + share - 1) // share
+        tl.store(p_plan, num_programs)
+        tl.store(p_plan + 1, share)
         tl.store(p_plan + 3, 0)
+        tl.store(p_plan + 4, num_items)
+        tl.store(p_plan + 5, total)
+        tl.store(p_program_item + num_programs, num_items)
         tl.debug_barrier()
         for start in range(0, num_items, BC):
             o_i = start + o_c
@@ -310,12 +339,18 @@ def _tables_kernel(
                 low = tl.where(first <= o_i, middle, low)
                 high = tl.where(first <= o_i, high, middle - 1)
             first = tl.load(p_item_start + low, mask=m_i, other=0)
-            tl.store(p_item_req + o_i, low, mask=m_i)
-            count = tl.load(p_item_start + low + 1, mask=m_i, other=0) - first
             runs = tl.load(p_num_runs + low, mask=m_i, other=0, cache_modifier=".cg")
-            # Items of a request differ by one run at most.
-            tl.store(p_item_run + o_i, (o_i - first) * runs // tl.maximum(count, 1), mask=m_i)
-            tl.store(p_item_end + o_i, (o_i - first + 1) * runs // tl.maximum(count, 1), mask=m_i)
+            origin = tl.load(p_half_start + low, mask=m_i, other=0)
+            program = origin // share + o_i - first
+            begin = tl.maximum(program * share, origin)
+            end = tl.minimum((program + 1) * share, origin + 2 * runs)
+            p_run = p_runs + low.to(tl.int64) * stride_runs + (begin - origin) // 2 * 2
+            tl.store(p_items + 4 * o_i, low, mask=m_i)
+            tl.store(p_items + 4 * o_i + 1, begin - origin, mask=m_i)
+            tl.store(p_items + 4 * o_i + 2, end - origin, mask=m_i)
+            first_id = tl.load(p_run, mask=m_i, other=0, cache_modifier=".cg")
+            tl.store(p_items + 4 * o_i + 3, first_id, mask=m_i)
+            tl.store(p_program_item + program, o_i, mask=m_i & (begin == program * share))
 
 
 def build_tables(
@@ -370,10 +405,10 @@ def build_tables(
         slot_mapping.shape[0],
         tables.text_block_table, tables.text_block_table.stride(0), tables.text_lens,
         tables.context_text_lens, tables.runs, tables.runs.stride(0), tables.num_runs,
-        tables.visual_lens, tables.item_req, tables.item_run, tables.item_end, tables.item_start,
-        tables.plan,
+        tables.visual_lens, tables.items, tables.item_start,
+        tables.half_start, tables.program_item, tables.plan,
         tables.page_ids, tables.page_tokens, tables.page_rows,
-        num_reqs, num_decodes, tables.target_items, tables.max_items,
+        num_reqs, num_decodes, tables.target_programs,
         PAGE_TOKENS=tables.page_rows.shape[1], BC=1024,
         SEARCH_STEPS=max(1, num_reqs.bit_length()), num_warps=4,
     )  # fmt: skip

@@ -135,7 +135,7 @@ def prefill_attention(
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
-            tables.item_req, tables.item_run, tables.item_end, tables.plan, tables.item_start,
+            tables.items, tables.plan, tables.item_start,
             part, part.stride(-3), part.stride(-2), part_lse, 1, part_lse.stride(-2),
             low, high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
             D=d, BD=bd, GROUP=group, BM=bm, BT=32 if bd > 128 else 64,
@@ -143,7 +143,8 @@ def prefill_attention(
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes),
             VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
-            MODE=mode, DECODE=False, DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
+            HALF=tables.half_slots, MODE=mode, DECODE=False, DOT=DOT_DTYPE,
+            WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
             stride_os=stride_os, stride_ls=stride_ls, SPLITS=splits, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip

@@ -41,7 +41,7 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     table = stale_table(requests, max(map(len, requests)) + 4)
     tables = allocate_tables(max_num_reqs=b, max_num_blocks=table.shape[1], max_num_tokens=64,
                              slots=fmt.page.slots, num_kv_heads=heads, device=device, num_sms=sms,
-                             items_per_sm=1)  # fmt: skip
+                             programs_per_sm=1)  # fmt: skip
     lens_t = torch.tensor(lens, dtype=torch.int32)
     build_tables(
         tables, table.to(device), lens_t.to(device),

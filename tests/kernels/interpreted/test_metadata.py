@@ -19,9 +19,10 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
     tables = allocate_tables(
         max_num_reqs=len(requests) + 2, max_num_blocks=table.shape[1] + 3,
         max_num_tokens=max(len(slots), 64), slots=14, num_kv_heads=1, device="cpu", num_sms=target,
-        items_per_sm=1,
+        programs_per_sm=1,
     )  # fmt: skip
-    for name in ("text_block_table", "runs", "item_req", "item_run", "page_rows", "page_tokens"):
+    for name in ("text_block_table", "runs", "items", "item_start", "program_item",
+                 "half_start", "page_rows", "page_tokens"):  # fmt: skip
         getattr(tables, name).fill_(-77)
     for _ in range(repeats):  # the ticket counter must come back to 0
         build_tables(tables, table, lens, starts, mapping, num_decodes=num_decodes)
@@ -40,17 +41,23 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
         for i in range(pages)
     ]
     assert got == want["pages"]
-    items, most = tables.plan[:2].tolist()
+    programs, share = tables.plan[:2].tolist()
+    halves = 2 * sum(tables.num_runs[:num_decodes].tolist())
+    assert programs <= tables.target_programs and programs == -(-halves // share)
+    seen = []
+    for p in range(programs):
+        mine = []
+        for i in range(tables.program_item[p], tables.program_item[p + 1]):
+            r, begin, end, first = tables.items[i].tolist()
+            assert tables.item_start[r] <= i < tables.item_start[r + 1]
+            new = [(r, j) for j in range(begin, end)]
+            assert new and first == tables.runs[r, begin // 2, 0]
+            mine += new
+        assert len(mine) == share or p == programs - 1
+        seen += mine
+    assert seen == [(r, i) for r in range(num_decodes) for i in range(2 * tables.num_runs[r])]
+    items = tables.program_item[programs].item()
     assert items <= tables.items_for(num_decodes)
-    cover = {(r, i) for r in range(num_decodes) for i in range(tables.num_runs[r])}
-    seen = set()
-    for i in range(items):
-        r, first = tables.item_req[i].item(), tables.item_run[i].item()
-        assert tables.item_start[r] <= i < tables.item_start[r + 1]
-        new = {(r, j) for j in range(first, tables.item_end[i].item())}
-        assert 0 < len(new) <= most and not new & seen
-        seen |= new
-    assert seen == cover
     assert tables.item_start[len(requests)] == items
     assert tables.plan[3] == 0
     return tables

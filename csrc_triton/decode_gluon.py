@@ -1,8 +1,9 @@
 """Decode attention over visual pages in Gluon: the products of :mod:`csrc_triton.fragments`.
 
-A program is one warp: it owns an item (some runs of one request) and one KV head.  K and V of the
-next pages come into a ring in shared memory while a page is used, and a page is taken in parts of
-at most 64 scores a lane, so that twelve warps share the registers of a multiprocessor.
+A program is one warp: it has a share of the step's half runs (metadata.py) and one KV head.  K and
+V of the next pages come into a ring in shared memory while a page is used, and a page is taken in
+parts, so that twelve warps, three a scheduler, share the registers of a multiprocessor: thirteen
+would leave one scheduler with four.
 
 The bias q . lo_K of a page is the accumulator that its score products start from: a product with
 rows all equal to lo_K, so every row of the result is the bias.
@@ -39,20 +40,7 @@ from .fragments import (
     pow2,
     probabilities,
 )
-
-# Triton has given these functions other names since 3.6.
-_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-_async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
-
-
-@gluon.jit
-def _reinterpret(ring, dtype: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """The bytes of the ring as another type."""
-    if _REINTERPRET:
-        out = ring.reinterpret(dtype, [ROWS, WIDTH], ring.layout)
-    else:
-        out = ring._reinterpret(dtype, [ROWS, WIDTH], ring.layout)
-    return out
+from .gluon_compat import async_load, reinterpret
 
 
 @gluon.jit
@@ -70,7 +58,7 @@ def _fetch(to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexp
     o = gl.arange(0, 8 * D, L)
     o = gl.where(o < CODES, VALUES * CODES + o, RANGES + VALUES * D + (o - CODES) % D)
     o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
-    _async_load(to, p_page + o)
+    async_load(to, p_page + o)
 
 
 @gluon.jit
@@ -187,7 +175,7 @@ def _fetch_scores(to, p, i_run, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr):
     """Start to copy the kept scores of a run into the ring, rounded up to 256 tokens."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     p += i_run.to(gl.int64) * (NUM_HEADS * SLOTS * 16)
-    _async_load(to, p + gl.arange(0, 256, L))
+    async_load(to, p + gl.arange(0, 256, L))
 
 
 @gluon.jit
@@ -289,8 +277,8 @@ def _decode_kernel(
     STAGES: gl.constexpr = 2 if MODE == 1 else 3
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * D], flat)
-    numbers = _reinterpret(ring, p_cache.dtype.element_ty, STAGES, 16 * D)
-    kept = _reinterpret(ring, gl.float32, STAGES * D // 32, 256)
+    numbers = reinterpret(ring, p_cache.dtype.element_ty, [STAGES, 16 * D], flat)
+    kept = reinterpret(ring, gl.float32, [STAGES * D // 32, 256], flat)
     # With one query head a KV head, the pass for the extremes may leave its scores to the next.
     STORES: gl.constexpr = MODE == 1 and GROUP == 1
     READS: gl.constexpr = MODE == 2 and GROUP == 1

@@ -63,8 +63,15 @@ MODES = ("decode", "prefix-hit", "chunks")
 WIDTHS = ("auto", "calibquant4", "calibquant2", "calibquant1")
 """16 bits, which all are compared with, and the defaults of every width."""
 
+PROFILES = tuple(
+    f"calibquant1 profile=tests/tinyvlm/profiles/bits{bits}.safetensors"
+    for bits in ("1", "1.25", "1.5")
+)
+"""Learned bit planes of the tiny reader (``make profiles``)."""
+
 SETTINGS = (
     *WIDTHS,
+    *PROFILES,
     "calibquant2 calibration=false",
     "calibquant1 calibration=false",  # the paper's ranges, 0.5 for K and 0.3 for V, alone
     "calibquant1 calibration=false value_range_factor=0.6",
@@ -72,7 +79,12 @@ SETTINGS = (
     "value_range_factor=1",  # the paper's first version
     "calibquant1 calibration=false layers_16bit=[0]",
 )
-QUICK = {"count": 40, "kl_count": 8, "settings": list(WIDTHS), "modes": list(MODES[:2])}
+QUICK = {
+    "count": 25,
+    "kl_count": 5,
+    "settings": ["auto", "calibquant2", *PROFILES, "calibquant1"],
+    "modes": list(MODES[:2]),
+}
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -263,14 +275,23 @@ def print_results(record: dict[str, Any]) -> None:
         print_table([*header, "points below 16 bits", "agreement, %", "KL, nats"], body)
 
 
-def summary_line(record: dict[str, Any]) -> str:
-    """Points below 16 bits of every width with its defaults, in mode ``decode``."""
-    drops = {
-        setting["bits"]: setting["modes"]["decode"]["drop"]
-        for setting in record["settings"][1:]
-        if setting["setting"] in WIDTHS and "decode" in setting["modes"]
-    }
-    return " ".join(["accuracy_drop", *(f"bits{b}={drops[b]:.1f}" for b in sorted(drops))])
+def summary_lines(record: dict[str, Any]) -> str:
+    """Points below 16 bits of every width: with a profile if one was measured, else by default.
+
+    A line for prefix hits, then one for mode ``decode``.
+    """
+    lines = []
+    for mode, name in (("prefix-hit", "accuracy_drop_prefix_hit"), ("decode", "accuracy_drop")):
+        drops: dict[float, float] = {}
+        for setting in record["settings"][1:]:
+            learned = "profile=" in setting["setting"]
+            if mode in setting["modes"] and (learned or setting["setting"] in WIDTHS):
+                drop = setting["modes"][mode]["drop"]
+                if learned or setting["bits"] not in drops:
+                    drops[setting["bits"]] = drop
+        if drops:
+            lines.append(" ".join([name, *(f"bits{b:g}={drops[b]:.1f}" for b in sorted(drops))]))
+    return "\n".join(lines)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -286,15 +307,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
         squeeze=False,
     )
     widths = [s for s in settings if s["setting"] in WIDTHS]
-    widths.sort(key=lambda s: s["bytes_per_visual_token"])
+    learned = [s for s in settings if "profile=" in s["setting"]]
+    lines = [sorted(part, key=lambda s: s["bytes_per_visual_token"]) for part in (widths, learned)]
     sizes = sorted({round(s["bytes_per_visual_token"]) for s in settings})
     for mode, axes in zip(modes, panels[0], strict=True):
-        axes.plot(
-            [s["bytes_per_visual_token"] for s in widths],
-            [s["modes"][mode]["mean"] for s in widths],
-            color="lightgrey",
-            zorder=1,
-        )
+        for line, style in zip(lines, ("-", "--"), strict=True):
+            axes.plot(
+                [s["bytes_per_visual_token"] for s in line],
+                [s["modes"][mode]["mean"] for s in line],
+                style,
+                color="lightgrey",
+                zorder=1,
+            )
         beside: dict[float, int] = {}
         for i, setting in enumerate(settings):
             size, result = setting["bytes_per_visual_token"], setting["modes"][mode]
@@ -305,7 +329,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 result["mean"],
                 yerr=result["drop_half_interval"],
                 color=f"C{i}",
-                marker="o" if setting in widths else "D",
+                marker="o" if setting in widths else "*" if setting in learned else "D",
                 linestyle="none",
                 label=setting["setting"],
             )
@@ -372,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         record = newest_record(NAME)
         print_results(record)
         print()
-        print(summary_line(record))
+        print(summary_lines(record))
         return
     if args.data:
         loose = [load_rows(source, args.count, args.suffix) for source in args.data]
@@ -417,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         print("\nno plot: matplotlib is not installed")
     print(f"\n{path}")
-    print(summary_line(record))
+    print(summary_lines(record))
 
 
 if __name__ == "__main__":

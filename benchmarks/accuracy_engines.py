@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from PIL import Image
 
 from vllm_calibquant.config import SECTION, bits_of
+from vllm_calibquant.profile import load_profile
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -49,8 +50,10 @@ class Setting:
         return cls(" ".join(text.split()), dtype, options)
 
     @property
-    def bits(self) -> int:
-        """Bits per number of a visual token."""
+    def bits(self) -> float:
+        """Bits per number of a visual token, on average."""
+        if "profile" in self.options:
+            return load_profile(self.options["profile"]).average_bits
         return bits_of(self.dtype) or (8 if self.dtype.startswith("fp8") else 16)
 
 

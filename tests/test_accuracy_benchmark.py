@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.accuracy import parse_args
+from benchmarks.accuracy import PROFILES, parse_args, summary_lines
 from benchmarks.accuracy_data import Row, batches, load_rows, other_questions
 from benchmarks.accuracy_engines import InProcess, Setting
 from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
@@ -256,8 +256,32 @@ def test_servers(tmp_path: Path, jsonl: Path) -> None:
 
 
 def test_summary() -> None:
-    last = benchmark("--summary").splitlines()[-1]
-    found = re.fullmatch(r"accuracy_drop bits1=(\S+) bits2=(\S+) bits4=(\S+)", last)
-    assert found
-    one, two, four = map(float, found.groups())
-    assert four < 1 and four <= two + 0.5 and two < one
+    lines = benchmark("--summary").splitlines()[-2:]
+    for name, line in zip(("accuracy_drop_prefix_hit", "accuracy_drop"), lines, strict=True):
+        pattern = r" bits1=(\S+) bits1\.25=(\S+) bits1\.5=(\S+) bits2=(\S+)(?: bits4=\S+)?"
+        found = re.fullmatch(name + pattern, line)
+        assert found
+        one, _, three_halves, two = map(float, found.groups())
+        assert three_halves <= one + 0.5
+        assert two < 5
+
+
+def test_a_profile_stands_for_its_width() -> None:
+    def setting(name: str, bits: float, *drops: float) -> dict:
+        modes = zip(("decode", "prefix-hit"), drops, strict=False)
+        return {"setting": name, "bits": bits, "modes": {m: {"drop": d} for m, d in modes}}
+
+    settings = [
+        setting("auto", 16, 0.0, 0.0),
+        setting("calibquant1", 1, 20.0, 30.0),
+        setting(PROFILES[0], 1.0, 2.0, 3.0),
+        setting(PROFILES[1], 1.25, 0.5),
+        setting("calibquant1 calibration=false", 1, 50.0, 50.0),
+        setting("calibquant2", 2, 0.1, 0.2),
+    ]
+    assert summary_lines({"settings": settings}).splitlines() == [
+        "accuracy_drop_prefix_hit bits1=3.0 bits2=0.2",
+        "accuracy_drop bits1=2.0 bits1.25=0.5 bits2=0.1",
+    ]
+    settings.insert(1, settings.pop(2))
+    assert "accuracy_drop bits1=2.0" in summary_lines({"settings": settings})

@@ -72,16 +72,18 @@ PROFILES = tuple(
 SETTINGS = (
     *WIDTHS,
     *PROFILES,
-    "calibquant2 calibration=false",
-    "calibquant1 calibration=false",  # the paper's ranges, 0.5 for K and 0.3 for V, alone
-    "calibquant1 calibration=false value_range_factor=0.6",
-    "calibquant1 calibration=false range_estimator=quantile key_range_factor=1 "
-    "value_range_factor=1",  # the paper's first version
-    "calibquant1 calibration=false layers_16bit=[0]",
+    "calibquant2 preset=calibquant-paper",
+    "calibquant1 preset=calibquant-paper",
+    "calibquant1 preset=calibquant-paper calibration=false",
+    "calibquant1 range_estimator=quantile",  # the paper's first version
+    "calibquant1 range_estimator=unbiased-slope",
+    "calibquant1 range_estimator=two-means",
+    "calibquant1 calibration=true",
+    "calibquant1 layers_16bit=[0]",
 )
 QUICK = {
-    "count": 25,
-    "kl_count": 5,
+    "count": 8,
+    "kl_count": 2,
     "settings": ["auto", "calibquant2", *PROFILES, "calibquant1"],
     "modes": list(MODES[:2]),
 }
@@ -90,7 +92,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes have these cores too
 }
-TINY_LLM = {"dtype": "bfloat16", "max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
+TINY_LLM = {"dtype": "bfloat16", "max_model_len": 2048, "kv_cache_memory_bytes": 512 << 20}
 OTHER_LLM = {"dtype": "bfloat16", "max_model_len": 8192}
 
 
@@ -128,20 +130,17 @@ def ask_all(
     answers: dict[int, Answer] = {}
     distributions: dict[int, list[dict[int, float]]] = {}
     for batch in batches(rows, batch_size):
-        images = [rows[i].image for i in batch]
         engine.forget()
         if mode == "prefix-hit":
-            engine.look(images, [others[i] for i in batch])
-        asked = engine.ask(images, [rows[i].question for i in batch])
+            engine.look([rows[i].look(others[i]) for i in batch])
+        asked = engine.ask([rows[i].chat for i in batch])
         answers.update(zip(batch, asked, strict=True))
         forced = [i for i in batch if i in chosen]
         if forced and isinstance(engine, InProcess):
             if mode != "prefix-hit":
                 engine.forget()
             found = engine.distributions(
-                [rows[i].image for i in forced],
-                [rows[i].question for i in forced],
-                [rows[i].answers[0] for i in forced],
+                [rows[i].chat for i in forced], [rows[i].answers[0] for i in forced]
             )
             distributions.update(zip(forced, found, strict=True))
         bar.update(len(batch))
@@ -185,7 +184,7 @@ def engine_for(setting: Setting, args: argparse.Namespace, cut: bool) -> InProce
         **{
             "max_num_batched_tokens": max(8192, length),
             "max_num_seqs": args.batch,
-            "limit_mm_per_prompt": {"image": 1},
+            "limit_mm_per_prompt": {"image": 1 if args.data else 2},
             "use_tqdm_on_load": False,
             "enforce_eager": not torch.cuda.is_available(),
             **schedule,

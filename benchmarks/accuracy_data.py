@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -19,13 +19,16 @@ ANSWERS = ("answers", "answer", "label")
 """Columns, in order of preference; ChartQA has ``query`` and ``label``, DocVQA and TextVQA have
 ``question`` and ``answers``."""
 
+Chat = list[dict[str, Any]]
+"""Messages of a chat, as vLLM's ``LLM.chat`` takes them, with images as they are."""
+
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 """What LLaVA's authors append to questions of these data sets, so that exact match means much."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question on one image."""
+    """One question on an image, or on several, or in a later turn of a chat."""
 
     task: str
     question: str
@@ -34,6 +37,27 @@ class Row:
     image: Image.Image
     loose: bool = False
     """Whether case, spaces and a full stop at the end do not count."""
+    more: tuple[Image.Image, ...] = ()
+    """Images behind the first."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Questions and answers of earlier turns; the images belong to the first."""
+
+    @property
+    def chat(self) -> Chat:
+        """The chat that asks the question."""
+        return chat(self.images, self.question, self.before)
+
+    def look(self, question: str) -> Chat:
+        """The chat before this one on the same images: its last turn, or another question."""
+        if self.before:
+            *before, (question, _) = self.before
+            return chat(self.images, question, before)
+        return chat(self.images, question)
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All images, in the order of the prompt."""
+        return (self.image, *self.more)
 
     def is_right(self, text: str) -> bool:
         """Whether an answer is one of the true ones, exactly."""
@@ -46,16 +70,41 @@ class Row:
 
     @cached_property
     def image_hash(self) -> bytes:
-        """Equal for equal images."""
+        """Equal for equal first images, which the prefix cache would find."""
         return sha256(self.image.tobytes()).digest()
+
+
+def chat(
+    images: Iterable[Image.Image], question: str, before: Iterable[tuple[str, str]] = ()
+) -> Chat:
+    """Messages with the images in the first, and the question as the last."""
+    content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": i} for i in images]
+    messages: Chat = []
+    for asked, answer in before:
+        content.append({"type": "text", "text": asked})
+        messages += [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ]
+        content = []
+    return [*messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
 def tiny_rows(count: int, seed: int) -> list[Row]:
     """Questions of the test split of ``tests/tinyvlm``, ``count`` of each task."""
-    from tests.tinyvlm.dataset import examples
+    from tests.tinyvlm.dataset import ALL_TASKS, examples
 
-    rows = examples("test", seed, count)
-    return [Row(row.task, row.question, (row.answer,), row.image) for row in rows]
+    return [
+        Row(
+            row.task,
+            row.question,
+            (row.answer,),
+            row.image,
+            more=row.images[1:],
+            before=row.before,
+        )
+        for row in examples("test", seed, count, ALL_TASKS)
+    ]
 
 
 def load_rows(source: str, count: int, suffix: str = SHORT_ANSWER) -> list[Row]:

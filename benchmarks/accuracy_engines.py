@@ -11,15 +11,11 @@ import uuid
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from PIL import Image
-
+from benchmarks.accuracy_data import Chat
 from vllm_calibquant.config import SECTION, bits_of
 from vllm_calibquant.profile import load_profile
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 FORCED = "forced_tokens"
 """Key of a request's ``extra_args`` for :class:`benchmarks.accuracy_forcing.ForcedTokens`."""
@@ -69,11 +65,11 @@ class Answer(NamedTuple):
 class Engine(Protocol):
     """What a measurement needs of an engine."""
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
-        """Answer questions greedily, each on its image, all at once."""
+    def ask(self, chats: Sequence[Chat]) -> list[Answer]:
+        """Answer greedily, all chats at once."""
 
-    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
-        """Put the images into the prefix cache, behind these questions."""
+    def look(self, chats: Sequence[Chat]) -> None:
+        """Put the images of chats into the prefix cache."""
 
     def forget(self) -> None:
         """Let nothing that was asked before be found in the prefix cache."""
@@ -108,41 +104,22 @@ class InProcess:
         cleanup_dist_env_and_memory()
         gc.collect()
 
-    def _chat(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        params: SamplingParams | Sequence[SamplingParams],
-    ) -> list[Any]:
-        chats: list[Any] = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_pil", "image_pil": image},
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ]
-            for image, question in zip(images, questions, strict=True)
-        ]
-        return self.llm.chat(chats, params, use_tqdm=False)
-
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
-        """Answer questions greedily; see :class:`Engine`."""
+    def ask(self, chats: Sequence[Chat]) -> list[Answer]:
+        """Answer greedily; see :class:`Engine`."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=self.max_tokens)
+        outputs = self.llm.chat(list(chats), params, use_tqdm=False)
         return [
             Answer(o.outputs[0].text, tuple(o.outputs[0].token_ids), o.num_cached_tokens)
-            for o in self._chat(images, questions, params)
+            for o in outputs
         ]
 
-    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+    def look(self, chats: Sequence[Chat]) -> None:
         """Put images into the prefix cache; see :class:`Engine`."""
         from vllm import SamplingParams
 
-        self._chat(images, questions, SamplingParams(temperature=0, max_tokens=1))
+        self.llm.chat(list(chats), SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
 
     def forget(self) -> None:
         """Empty the prefix cache."""
@@ -150,7 +127,7 @@ class InProcess:
             raise RuntimeError("vLLM did not reset its prefix cache")
 
     def distributions(
-        self, images: Sequence[Image.Image], questions: Sequence[str], answers: Sequence[str]
+        self, chats: Sequence[Chat], answers: Sequence[str]
     ) -> list[list[dict[int, float]]]:
         """Log-probabilities of the most likely tokens at each token of given answers.
 
@@ -170,7 +147,7 @@ class InProcess:
             )
             for tokens in forced
         ]
-        outputs = [o.outputs[0] for o in self._chat(images, questions, params)]
+        outputs = [o.outputs[0] for o in self.llm.chat(list(chats), params, use_tqdm=False)]
         for tokens, output in zip(forced, outputs, strict=True):
             if list(output.token_ids[:-1]) != tokens:
                 raise RuntimeError(f"vLLM generated {output.token_ids}, not the forced {tokens}")
@@ -209,18 +186,10 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    def _one(self, image: Image.Image, question: str, max_tokens: int) -> Answer:
-        with io.BytesIO() as file:
-            image.save(file, "PNG")
-            data = base64.b64encode(file.getvalue()).decode()
-        url = {"url": f"data:image/png;base64,{data}"}
-        content: list[Any] = [
-            {"type": "image_url", "image_url": url},
-            {"type": "text", "text": question},
-        ]
+    def _one(self, chat: Chat, max_tokens: int) -> Answer:
         done = self.client.chat.completions.create(
             model=self.model,
-            messages=[{"role": "user", "content": content}],
+            messages=[_encoded(message) for message in chat],
             temperature=0,
             max_tokens=max_tokens,
             logprobs=True,  # the way to see tokens
@@ -231,20 +200,33 @@ class Server:
         hit = details.cached_tokens if details else None
         return Answer(choice.message.content or "", tuple(t.token for t in tokens), hit)
 
-    def _all(
-        self, images: Sequence[Image.Image], questions: Sequence[str], max_tokens: int
-    ) -> list[Answer]:
+    def _all(self, chats: Sequence[Chat], max_tokens: int) -> list[Answer]:
         with ThreadPoolExecutor(self.in_flight) as pool:
-            return list(pool.map(self._one, images, questions, [max_tokens] * len(images)))
+            return list(pool.map(self._one, chats, [max_tokens] * len(chats)))
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Answer]:
-        """Answer questions greedily; see :class:`Engine`."""
-        return self._all(images, questions, self.max_tokens)
+    def ask(self, chats: Sequence[Chat]) -> list[Answer]:
+        """Answer greedily; see :class:`Engine`."""
+        return self._all(chats, self.max_tokens)
 
-    def look(self, images: Sequence[Image.Image], questions: Sequence[str]) -> None:
+    def look(self, chats: Sequence[Chat]) -> None:
         """Put images into the prefix cache; see :class:`Engine`."""
-        self._all(images, questions, 1)
+        self._all(chats, 1)
 
     def forget(self) -> None:
         """Use another salt from now on."""
         self.salt = uuid.uuid4().hex
+
+
+def _encoded(message: dict[str, Any]) -> Any:
+    """A message with its images as data URLs."""
+    if isinstance(message["content"], str):
+        return message
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image_pil":
+            with io.BytesIO() as file:
+                part["image_pil"].save(file, "PNG")
+                data = base64.b64encode(file.getvalue()).decode()
+            part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        parts.append(part)
+    return {**message, "content": parts}

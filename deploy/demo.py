@@ -23,7 +23,8 @@ from pathlib import Path
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.tinyvlm.dataset import LEARNED, Example, examples
+from tests.tinyvlm.dataset import Example, examples
+from tests.tinyvlm.generator import TASKS
 from tests.tinyvlm.unpack import CACHE, model_path
 
 OUT = CACHE / "demo"
@@ -33,7 +34,7 @@ PAGE_TOKENS = 16  # of text in one of our pages
 STOCK_BLOCK = 32  # tokens; vLLM's default on the CPU, 128, is too coarse to compare single requests
 MAX_REPEATS = 50
 START_TIMEOUT = 400  # seconds; 40 on two idle cores
-VISUAL_TOKENS = 256  # of a picture
+VISUAL_TOKENS = 576  # of a picture
 SEED = 7  # of the pictures; they are of the test split, which the model was never trained on
 
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -268,7 +269,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run the `finally` clauses
     begin = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    pictures = list(examples("test", SEED, 1, LEARNED))
+    pictures = list(examples("test", SEED, 1, TASKS))
     main_example = pictures[0]
     for example in pictures:
         example.image.save(OUT / f"{example.task}.png")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 BLOCK = 16
-IMAGE_TOKENS = 256
-"""Visual tokens of an image in the tiny model: positions 1 to 256, after the begin token."""
+IMAGE_TOKENS = 576
+"""Visual tokens of an image in the tiny model: positions 1 to 576, after the begin token."""
 BEGIN, END, IMAGE = 1, 2, 4
 """Token ids of the tiny model."""
 
@@ -92,8 +92,8 @@ class Engine:
                 **{
                     "dtype": "float32",
                     "enforce_eager": True,
-                    "max_model_len": 1024,
-                    "kv_cache_memory_bytes": 32 << 20,
+                    "max_model_len": 2048,
+                    "kv_cache_memory_bytes": 64 << 20,
                     "disable_log_stats": False,
                     **settings,
                 },

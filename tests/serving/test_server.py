@@ -238,7 +238,7 @@ def test_second_turn_hits_the_image(server: Server, questions) -> None:
     assert ask(server, question.question, url) == question.answer
     after = server.idle()
     hits = "vllm:prefix_cache_hits_total"
-    assert after[hits] - before[hits] == 256
+    assert after[hits] - before[hits] == 576
 
 
 def test_two_images(server: Server, questions) -> None:

@@ -39,7 +39,7 @@ class Canvas:
         Returns
         -------
         alpha : float [B, H, W]
-        labels : int64 [B, 16, 16, 2]
+        labels : int64 [B, PATCHES, PATCHES, 2]
             The glyph whose centre lies in the left and in the right half of each patch.
         """
         batch = glyphs.shape[0]

@@ -22,11 +22,12 @@ import torch
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .dataset import LEARNED, SPLITS, examples
+from .dataset import SPLITS, examples
+from .generator import TASKS
 from .unpack import model_path
 from .world import BOS, EOS
 
-VISUAL = slice(1, 257)  # positions of the visual tokens: they follow the begin token
+VISUAL = slice(1, 577)  # positions of the visual tokens: they follow the begin token
 MAX_NEW_TOKENS = 20
 CALIBRATION = 3.0  # tau_max of the paper's code
 
@@ -207,7 +208,7 @@ def main():
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=100, help="of each task")
-    parser.add_argument("--tasks", nargs="+", choices=LEARNED, default=LEARNED)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--schemes", nargs="+", default=["fp"])
     parser.add_argument("--mode", choices=("decode", "ctx"), default="decode")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

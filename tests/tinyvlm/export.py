@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from .packed import pack
 from .unpack import WEIGHTS
@@ -34,7 +33,7 @@ def hub_name(name):
 
 def hub_state(state):
     """Rename a training state dict, without the auxiliary head."""
-    hub = {hub_name(k): v for k, v in state.items() if not k.startswith("aux.")}
+    hub = {hub_name(k): v for k, v in state.items() if not k.startswith("aux")}
     # transformers always builds this norm; feature layer -1 is taken before it.
     width = len(hub["multi_modal_projector.linear_1.weight"])
     hub["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(width)
@@ -45,9 +44,11 @@ def hub_state(state):
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="folder")
     args = parser.parse_args()
-    WEIGHTS.write_bytes(pack(hub_state(load_file(args.checkpoint))))
+    from .checkpoint import read_checkpoint
+
+    WEIGHTS.write_bytes(pack(hub_state(read_checkpoint(args.checkpoint))))
 
 
 if __name__ == "__main__":

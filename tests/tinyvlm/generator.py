@@ -11,13 +11,14 @@ from tokenizers import Tokenizer
 
 from . import world
 from .canvas import CAP_HEIGHT, PATCHES, Canvas
-from .phrases import Phrases, segments
+from .phrases import Phrases
 from .world import GLYPH, GRID, IMAGE_SIZE, MAX_BARS, MAX_LENGTH, MAX_LINES, PATCH, SIZES
 
-TASKS = ("field", "line", "count", "cell", "where", "bar", "barn")
+TASKS = ("field", "line", "count", "cell", "where", "bar", "barn", "value")
 QUESTIONS = 10  # of each image
 CELL_SIZE = IMAGE_SIZE // GRID
 CELLS = GRID**2
+LABEL_LENGTH = max(map(len, world.LABELS))
 VALUE_CHARACTERS = world.DIGITS + world.LETTERS
 
 
@@ -28,20 +29,21 @@ class Batch:
     Attributes
     ----------
     images : uint8 [B, 3, H, W]
-    segments : int64 [B, QUESTIONS, SEGMENT]
-        Question, answer and end token.
-    is_answer : bool [B, QUESTIONS, SEGMENT]
+    question, answer : Phrases [B, QUESTIONS]
     task : int64 [B, QUESTIONS]
         Index into TASKS.
-    labels : int64 [B, 16, 16, 3]
+    value : int64 [B, QUESTIONS]
+        1 + the value of the bar that a question names; 0 where it names none.
+    labels : int64 [B, PATCHES, PATCHES, 3]
         For the auxiliary loss: the glyph centred in the left and the right half of a patch, and 1 +
         the value of the bar whose letter stands in the patch.
     """
 
     images: torch.Tensor
-    segments: torch.Tensor
-    is_answer: torch.Tensor
+    question: Phrases
+    answer: Phrases
     task: torch.Tensor
+    value: torch.Tensor
     labels: torch.Tensor
 
 
@@ -68,12 +70,14 @@ class Generator:
             "where": table(world.WHERE_QUESTIONS, "\n"),
             "bar": table(world.BAR_QUESTIONS, "\n"),
             "barn": table(world.BARN_QUESTIONS, "\n"),
+            "value": table(world.VALUE_QUESTIONS, "\n"),
         }
         self.key_answers = table(world.KEY_ANSWERS)
         self.thing_answers = table([*world.THINGS, world.NOTHING])
         self.place_answers = table(world.PLACES)
         self.number_answers = table(world.NUMBERS)
         self.space = table([" "])
+        self.picture_names = table(world.PICTURES)
         glyph_tokens = [world.PAD] + [encode(c)[0] for c in world.CHARACTERS]
         self.token_of_glyph = torch.tensor(glyph_tokens, device=device)
 
@@ -83,6 +87,9 @@ class Generator:
         self.value_glyphs = torch.tensor(glyphs(VALUE_CHARACTERS), device=device)
         keys = [glyphs(answer, MAX_LENGTH) for answer in world.KEY_ANSWERS]
         self.key_glyphs = torch.tensor(keys, device=device)  # [keys, 8]
+        labels = [glyphs(label, LABEL_LENGTH) for label in (*world.LETTERS, *world.LABELS)]
+        self.label_glyphs = torch.tensor(labels, device=device)
+        self.label_answers = table([*world.LETTERS, *(f"{label}:" for label in world.LABELS)])
         self.colours = torch.tensor(list(world.COLOURS.values()), device=device).float() / 255
 
     def unit(self, *shape):
@@ -133,7 +140,7 @@ class Generator:
         key_width, value_width = key_advance.sum(-1), value_advance.sum(-1)  # [n, 8]
 
         # Values follow their key, stand in one column, or are flush right; none leaves the image.
-        left = self.uniform(4, 12, n)[:, None]
+        left = self.uniform(4, 40, n)[:, None]
         left = left + self.unit(n, MAX_LINES) * (self.unit(n, 1) < 0.3) * 8
         gap = self.uniform(0.25, 0.7, n)[:, None] * pixels[:, None]
         inline = left + key_width + gap
@@ -146,7 +153,7 @@ class Generator:
         value_left = torch.where(style == 1, torch.minimum(column, room), value_left)
         value_left = torch.maximum(value_left, torch.minimum(left + key_width + 2, room))
 
-        pitch = torch.minimum(pixels + self.uniform(4, 16, n), (IMAGE_SIZE - 14) / lines.float())
+        pitch = torch.minimum(pixels + self.uniform(4, 26, n), (IMAGE_SIZE - 14) / lines.float())
         top = self.uniform(0, 1, n) * (IMAGE_SIZE - 8 - pitch * lines).clamp(min=0) + 2
         baseline = top[:, None] + pitch[:, None] * self.arange(MAX_LINES)
         baseline = baseline + (pitch * 0.5 + pixels * CAP_HEIGHT)[:, None]
@@ -180,7 +187,7 @@ class Generator:
         space = self.space.take(torch.zeros_like(line))
         whole_line = self.key_answers.take(key[row, line]).then(space).then(spelled)
         answer = whole_line.where(is_line, spelled)
-        return image, labels, *segments(question, answer), is_line.long()
+        return image, labels, question, answer, is_line.long(), torch.zeros_like(line)
 
     def _values(self, n, min_length, max_length):
         """Draw values: digits, letters, both, digits with a decimal point or with a dash.
@@ -230,7 +237,7 @@ class Generator:
         shape = shapes.gather(1, (self.unit(n, CELLS) * num_shapes).long())
         live = self.unit(n, CELLS) < density
 
-        alpha = self._shape_masks(shape) * live[..., None, None]  # [n, 16, 56, 56]
+        alpha = self._shape_masks(shape) * live[..., None, None]  # [n, 16, 84, 84]
         alpha = alpha.view(n, GRID, GRID, CELL_SIZE, CELL_SIZE).permute(0, 1, 3, 2, 4)
         alpha = alpha.reshape(n, IMAGE_SIZE, IMAGE_SIZE)
         tile = self.colours[colour].view(n, GRID, 1, GRID, 1, 3)
@@ -277,13 +284,13 @@ class Generator:
         answer = answer.where(is_cell, self.place_answers.take(unique_cell))
         answer = self.number_answers.take(fits.sum(-1)).where(is_count, answer)
         labels = torch.zeros(n, PATCHES, PATCHES, 2, dtype=torch.long, device=self.device)
-        return image, labels, *segments(question, answer), kind
+        return image, labels, question, answer, kind, torch.zeros_like(kind)
 
     def _shape_masks(self, shape):
-        """Draw each cell's shape at a random place and size: [n, 16] -> [n, 16, 56, 56]."""
+        """Draw each cell's shape at a random place and size: [n, 16] -> [n, 16, 84, 84]."""
         n = len(shape)
-        radius = self.uniform(9, 20, n, CELLS)
-        x, y = (28 + (self.unit(n, CELLS) * 2 - 1) * (25 - radius) for _ in range(2))
+        radius, middle = self.uniform(10, 30, n, CELLS), CELL_SIZE / 2
+        x, y = (middle + (self.unit(n, CELLS) * 2 - 1) * (middle - 3 - radius) for _ in range(2))
         pixel = self.arange(CELL_SIZE).float() + 0.5
         u = (pixel - x[..., None])[..., None, :]
         v = (pixel - y[..., None])[..., :, None]
@@ -302,14 +309,17 @@ class Generator:
         return (0.5 - sum((shape == k) * d for k, d in enumerate(distance))).clamp(0, 1)
 
     def charts(self, n):
-        """Draw bar charts of three to six bars; ask for the value of a letter or of a position."""
+        """Draw bar charts of three to six bars; ask for the value of a label or of a position."""
         bars = self.integer(3, MAX_BARS + 1, n)
         letter = self.unit(n, len(world.LETTERS)).argsort(1)[:, :MAX_BARS]
+        word = self.unit(n, len(world.LABELS)).argsort(1)[:, :MAX_BARS]
+        has_words = self.unit(n, 1) < 0.5
+        label = torch.where(has_words, len(world.LETTERS) + word, letter)  # [n, 6]
         highest = torch.where(self.unit(n) < 0.5, 10, 20)
         value = (self.unit(n, MAX_BARS) * (highest[:, None] + 1)).long()
         live = self.arange(MAX_BARS) < bars[:, None]
-        left, right = self.uniform(28, 36, n), self.uniform(206, 220, n)
-        bottom, top = self.uniform(192, 202, n), self.uniform(10, 28, n)
+        left, right = self.uniform(28, 36, n), IMAGE_SIZE - self.uniform(4, 18, n)
+        bottom, top = IMAGE_SIZE - self.uniform(22, 32, n), self.uniform(10, 28, n)
         pitch = (right - left) / bars
         width = pitch * self.uniform(0.45, 0.8, n)
         centre = left[:, None] + pitch[:, None] * (self.arange(MAX_BARS) + 0.5)  # [n, 6]
@@ -334,43 +344,42 @@ class Generator:
 
         font, size = self.integer(0, len(world.FONTS), n), self.integer(1, 6, n)
         pixels = size + SIZES[0]
-        letters = self.value_glyphs[letter + len(world.DIGITS)] * live
-        fonts, sizes = (t[:, None].expand(n, 2 * MAX_BARS) for t in (font, size))
-        advance = canvas.advance[fonts[:, :MAX_BARS], sizes[:, :MAX_BARS], letters]
-        letter_x = centre - advance / 2
-        letter_y = (bottom + 4 + pixels * 0.75)[:, None].expand(n, MAX_BARS)
+        glyphs = self.label_glyphs[label] * live[..., None]  # [n, 6, LABEL_LENGTH]
+        advance = canvas.advance[font[:, None, None], size[:, None, None], glyphs]
+        label_x = (centre - advance.sum(-1) / 2)[..., None] + advance.cumsum(-1) - advance
+        label_y = (bottom + 4 + pixels * 0.75)[:, None].expand(n, MAX_BARS * LABEL_LENGTH)
         numbers, number_x, number_y = self._axis_numbers(highest, left, bottom, top, font, size)
         text, labels = canvas.text(
-            torch.cat([letters, numbers], 1),
-            fonts,
-            sizes,
-            torch.cat([letter_x, number_x], 1),
-            torch.cat([letter_y, number_y], 1),
+            torch.cat([glyphs.flatten(1), numbers], 1),
+            *(t[:, None].expand(n, glyphs[0].numel() + numbers.shape[1]) for t in (font, size)),
+            torch.cat([label_x.flatten(1), number_x], 1),
+            torch.cat([label_y, number_y], 1),
         )
         image = canvas.paint(image, text, ink)
 
-        patch_y = (letter_y - CAP_HEIGHT * pixels[:, None]) / PATCH
+        # The tower is to know a bar's value wherever a glyph of its label is centred.
+        patch_y = (label_y - CAP_HEIGHT * pixels[:, None]) / PATCH
         patch = patch_y.long().clamp(0, PATCHES - 1) * PATCHES
-        patch = patch + (centre / PATCH).long().clamp(0, PATCHES - 1)
+        patch_x = (label_x + advance / 2).flatten(1) / PATCH
+        patch = patch + patch_x.long().clamp(0, PATCHES - 1)
         values = torch.zeros(n, PATCHES**2, dtype=torch.long, device=self.device)
-        values.scatter_reduce_(1, patch, (value + 1) * live, "amax")
+        values.scatter_reduce_(1, patch, ((value + 1)[..., None] * (glyphs > 0)).flatten(1), "amax")
         labels = torch.cat([labels, values.view(n, PATCHES, PATCHES, 1)], -1)
 
         row = self.arange(n)[:, None]
         bar = (self.unit(n, QUESTIONS) * bars[:, None]).long()
         by_number = self._last_two_of_five(n)
-        by_letter = self.questions["bar"].take(letter[row, bar])
-        question = self.questions["barn"].take(bar).where(by_number, by_letter)
+        by_word = self.questions["value"].take(word[row, bar])
+        by_name = by_word.where(has_words, self.questions["bar"].take(letter[row, bar]))
+        question = self.questions["barn"].take(bar).where(by_number, by_name)
         number = self.number_answers.take(value[row, bar])
-        letter_token = self.token_of_glyph[self.value_glyphs[letter[row, bar] + len(world.DIGITS)]]
-        spelled = Phrases(letter_token[..., None], torch.ones_like(bar))
-        named = spelled.then(self.space.take(torch.zeros_like(bar))).then(number)
-        return (
-            image,
-            labels,
-            *segments(question, named.where(by_number, number)),
-            TASKS.index("bar") + by_number.long(),
-        )
+        name = self.label_answers.take(label[row, bar])
+        named = name.then(self.space.take(torch.zeros_like(bar))).then(number)
+        answer = named.where(by_number, number)
+        task = torch.where(has_words, TASKS.index("value"), TASKS.index("bar"))
+        task = torch.where(by_number, TASKS.index("barn"), task)
+        hint = torch.where(by_number, 0, 1 + value[row, bar])
+        return image, labels, question, answer, task, hint
 
     def _axis_numbers(self, highest, left, bottom, top, font, size):
         """Place 0, half of the highest value and the highest: glyphs, x and y, [n, 6] each."""
@@ -410,7 +419,7 @@ class Generator:
             scenes.append(self.grids(grids))
         if charts:
             scenes.append(self.charts(charts))
-        image, labels, ids, is_answer, task = zip(*scenes, strict=True)
+        image, labels, question, answer, task, value = zip(*scenes, strict=True)
         image = torch.cat(image)
         if noise:
             n = len(image)
@@ -420,18 +429,14 @@ class Generator:
         labels = [torch.nn.functional.pad(part, (0, 3 - part.shape[-1])) for part in labels]
         return Batch(
             (image.clamp(0, 1) * 255).round().to(torch.uint8),
-            torch.cat(ids),
-            torch.cat(is_answer),
+            Phrases.cat(question),
+            Phrases.cat(answer),
             torch.cat(task),
+            torch.cat(value),
             torch.cat(labels),
         )
 
-    def text(self, ids, is_answer):
-        """Return a segment's question (without its line feed) and answer as strings."""
-        question = ids[~is_answer & (ids != world.PAD)].tolist()
-        answer = [token for token in ids[is_answer].tolist() if token != world.EOS]
-        decode = self.tokenizer.decode
-        return (
-            decode(question, skip_special_tokens=False).rstrip("\n"),
-            decode(answer, skip_special_tokens=False),
-        )
+    def text(self, phrase):
+        """Return one phrase as a string, without the line feed of a question."""
+        ids = phrase.ids[: phrase.length].tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\n")

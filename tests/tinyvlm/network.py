@@ -1,9 +1,5 @@
 """The network as it is trained: SigLIP tower, two-layer projector, Llama; names as in LLaVA's
-files.
-
-The training forward packs one image prefix (begin token and 256 visual tokens) and ten independent
-question-and-answer segments.  A segment sees the prefix and itself, and its positions start right
-behind the prefix: each is trained as if it were the only question of its prompt.
+files.  `packing.py` says what a training sequence is.
 """
 
 from dataclasses import dataclass
@@ -12,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .generator import QUESTIONS
-from .phrases import SEGMENT
-from .world import BOS, CHARACTERS, IMAGE_SIZE, PAD, PATCH
+from . import packing
+from .world import BOS, CHARACTERS, IMAGE_SIZE, LINE_FEED, MAX_VALUE, PAD, PATCH
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,19 @@ class DecoderLayer(nn.Module):
             t[:, :, None].expand(-1, -1, c.heads // c.kv_heads, -1, -1).flatten(1, 2)
             for t in (k, v)
         )
+        # The prefix is causal; what stands behind it sees as much of everything as `bias` says.
+        prefix = length - len(bias)
+        before, behind = q[:, :, :prefix], q[:, :, prefix:]
         mask = bias.to(q.dtype).expand(batch, c.heads, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    before, k[:, :, :prefix], v[:, :, :prefix], is_causal=True
+                ),
+                F.scaled_dot_product_attention(behind, k, v, attn_mask=mask),
+            ],
+            2,
+        )
         x = x + self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         y = F.rms_norm(x, (width,), self.post_attention_layernorm, c.norm_eps)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
@@ -166,18 +172,14 @@ class TinyVLM(nn.Module):
         self.lm_head = nn.Linear(c.width, c.vocabulary, bias=False)
         # Which glyph lies in the left and the right half of a patch, and which bar's value.
         self.aux = nn.Linear(c.v_width, 3 * (len(CHARACTERS) + 1))
+        # The value of the bar that is asked for, from the tokens that end the question.
+        self.aux_value = nn.Linear(c.width, MAX_VALUE + 2)
         self._initialise()
 
-        self.prefix = 1 + c.visual_tokens
-        self.length = -(-(self.prefix + QUESTIONS * SEGMENT) // 64) * 64
-        t = torch.arange(self.length)
-        segment = ((t - self.prefix) // SEGMENT).where(t >= self.prefix, torch.tensor(-1))
-        position = torch.where(t < self.prefix, t, self.prefix + (t - self.prefix) % SEGMENT)
+        position, visible = packing.layout(c.visual_tokens)
         frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_size, 2).float() / c.head_size)
         angle = torch.cat([position[:, None] * frequency] * 2, -1)
-        causal = t[:, None] >= t
-        visible = causal & ((segment == -1)[None] | (segment[:, None] == segment))
-        bias = torch.zeros(1, 1, self.length, self.length).masked_fill_(~visible, -1e4)
+        bias = torch.zeros(visible.shape).masked_fill_(~visible, -1e4)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -189,33 +191,38 @@ class TinyVLM(nn.Module):
                 nn.init.normal_(p, std=0.02 if is_table else p[0].numel() ** -0.5 * 0.7)
                 if any(part in name for part in ("out_proj", "fc2", "o_proj", "down_proj")):
                     p.data *= 0.3
-            elif name.endswith("bias"):
+            if name.startswith("aux") or name.endswith("bias"):
+                # Auxiliary heads that start at zero leave alone what is trained already.
                 nn.init.zeros_(p)
 
-    def forward(self, images, segments):
-        """Run image prefixes with their segments.
+    def forward(self, images, tokens):
+        """Run prefixes of two pictures with what is packed behind them.
 
         Parameters
         ----------
-        images : float [B, 3, H, W]
-            In -1..1.
-        segments : int64 [B, QUESTIONS, SEGMENT]
+        images : float [2n, 3, H, W]
+            In -1..1: n first pictures, then their n second ones.
+        tokens : int64 [n, packing.WIDTH]
 
         Returns
         -------
-        hidden : float32 [B, QUESTIONS * SEGMENT, width]
-            Normed states of the segments.
-        features : float [B, visual_tokens, v_width]
+        hidden : float32 [n, packing.WIDTH, width]
+            Normed states of the tokens.
+        features : float [2n, visual_tokens, v_width]
             The tower's output.
         """
         features = self.tower(images)
         visual = self.linear_2(F.gelu(self.linear_1(features)))
-        tokens = segments.flatten(1)
-        end = self.prefix + tokens.shape[1]
-        tokens = F.pad(tokens, (0, self.length - end), value=PAD)
-        begin = self.embed.weight[BOS].expand(len(images), 1, -1).to(visual.dtype)
-        x = torch.cat([begin, visual, self.embed(tokens).to(visual.dtype)], 1)
+        width = tokens.shape[1]
+        tokens = F.pad(tokens, (0, len(self.bias) - width), value=PAD)
+        begin, between = (
+            self.embed.weight[token].expand(len(tokens), 1, -1).to(visual.dtype)
+            for token in (BOS, LINE_FEED)
+        )
+        first, second = visual.chunk(2)
+        x = torch.cat([begin, first, between, second, self.embed(tokens).to(visual.dtype)], 1)
+        prefix = x.shape[1] - len(self.bias)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin, self.bias)
-        states = x[:, self.prefix : end].float()
+        states = x[:, prefix : prefix + width].float()
         return F.rms_norm(states, (self.c.width,), self.norm, self.c.norm_eps), features

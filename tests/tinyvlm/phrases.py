@@ -1,13 +1,11 @@
-"""Batches of token sequences of different lengths; questions and answers become segments."""
+"""Batches of token sequences of different lengths."""
 
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .world import EOS, PAD
-
-SEGMENT = 19  # tokens: the longest question with its answer and the end token
+from .world import PAD
 
 
 class Phrases(NamedTuple):
@@ -32,8 +30,15 @@ class Phrases(NamedTuple):
             torch.tensor([len(row) for row in rows], device=device),
         )
 
+    @classmethod
+    def cat(cls, parts):
+        """Join batches of phrases along their first dimension."""
+        width = max(part.ids.shape[-1] for part in parts)
+        ids = [F.pad(part.ids, (0, width - part.ids.shape[-1]), value=PAD) for part in parts]
+        return cls(torch.cat(ids), torch.cat([part.length for part in parts]))
+
     def take(self, index):
-        """Return the phrases at `index`, an int64 tensor of any shape."""
+        """Return the phrases at `index`, which is any index of a tensor."""
         return Phrases(self.ids[index], self.length[index])
 
     def then(self, other):
@@ -55,20 +60,3 @@ class Phrases(NamedTuple):
             torch.where(mask[..., None], mine, theirs),
             torch.where(mask, self.length, other.length),
         )
-
-
-def segments(question, answer):
-    """Lay question, answer and end token one after the other.
-
-    Returns
-    -------
-    ids : int64 [..., SEGMENT]
-    is_answer : bool [..., SEGMENT]
-        True for the tokens that the model has to predict: the answer and the end token.
-    """
-    end = Phrases(torch.full_like(answer.ids[..., :1], EOS), torch.ones_like(answer.length))
-    whole = question.then(answer.then(end))
-    ids = F.pad(whole.ids, (0, SEGMENT), value=PAD)[..., :SEGMENT]
-    position = torch.arange(SEGMENT, device=ids.device)
-    is_answer = (position >= question.length[..., None]) & (position < whole.length[..., None])
-    return torch.where(position < whole.length[..., None], ids, PAD), is_answer

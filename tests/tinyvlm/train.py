@@ -1,27 +1,30 @@
-"""Train the tiny model from scratch.
+"""Train the tiny model.
 
-``python -m tests.tinyvlm.train OUT.safetensors --steps 5000`` is the first stage (ten minutes on
-one H100). The second, which teaches bar charts, goes on from it: ``--steps 1700 --init
-OUT.safetensors --mix 0.4 0.2 0.4 --curriculum 0 --lr 1.5e-3 --adam-lr 1e-3 --warmup 60 --seed
-4321``.
+``python -m tests.tinyvlm.train OUT --init packed --seconds 470`` goes on from the weights that the
+repository holds; without ``--init`` it starts from nothing.  OUT gets the checkpoint in two halves
+every minute, and at the end ``training.json`` and the packed weights.
 """
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from .generator import QUESTIONS, TASKS, Generator
+from .checkpoint import Writer, load_checkpoint
+from .generator import TASKS, Generator
 from .network import TinyVLM
-from .phrases import SEGMENT
+from .packing import KINDS, pack
 
 EVAL_SEED = 777
 NOISE = 0.06
 COOLDOWN = 0.6  # share of the steps over which the learning rate falls to zero
 LABEL_FREE_WEIGHT = 0.1  # of patches without a glyph in the auxiliary loss
+VALUE_WEIGHT = 0.3  # of the auxiliary loss on the value of a bar that is asked for
+SAVE_EVERY = 60  # seconds
+PRINT_EVERY = 20  # steps
 
 
 class Muon(torch.optim.Optimizer):
@@ -77,8 +80,7 @@ class Trainer:
         self.args, self.device = args, device
         self.model = TinyVLM(config)
         if args.init:
-            state = {name: t.float() for name, t in load_file(args.init).items()}
-            self.model.load_state_dict(state)
+            load_checkpoint(self.model, args.init)
         self.model.to(device)
         if device == "cuda":
             for layer in [*self.model.tower.layers, *self.model.layers]:
@@ -96,38 +98,51 @@ class Trainer:
         # Grids of shapes have no glyphs: the auxiliary loss is of documents and charts.
         index = torch.arange(args.batch)
         has_glyphs = (index < self.scenes[0]) | (index >= self.scenes[0] + grids)
-        self.with_glyphs = index[has_glyphs].to(device)
+        self.with_glyphs = has_glyphs.to(device)
         self.generator = Generator(args.seed, device)
 
-    def losses(self, batch):
-        """Return both losses and, per segment, whether each answer token is the most likely one."""
+    def losses(self, batch, generator=None):
+        """Return the losses (answers, glyphs, bars), and which answers are right, of which tasks.
+
+        The last two are [n, answers]; an answer is right if each of its tokens is the most likely
+        one behind the true ones before it.
+        """
         cuda = self.device == "cuda"
+        order, packed = pack(batch, generator or self.generator)
         with torch.autocast(self.device, torch.bfloat16, enabled=cuda):
-            images = batch.images.float() / 127.5 - 1
+            images = batch.images[order].float() / 127.5 - 1
             images = images.to(torch.bfloat16 if cuda else torch.float32)
-            hidden, features = self.model(images, batch.segments)
+            hidden, features = self.model(images, packed.tokens)
             logits = self.model.lm_head(hidden[:, :-1])
-            target = batch.segments.flatten(1)[:, 1:]
-            counts = batch.is_answer.flatten(1)[:, 1:]
+            target, answer = packed.tokens[:, 1:], packed.answer[:, 1:]
+            counts = answer >= 0
             loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), target.flatten(), reduction="none"
             ).view_as(target)
             loss = (loss * counts).sum() / counts.sum()
 
-            label = batch.labels[self.with_glyphs].flatten()
-            guess = self.model.aux(features[self.with_glyphs])
-            aux = F.cross_entropy(guess.view(len(label), -1).float(), label, reduction="none")
+            labelled = self.with_glyphs[order].nonzero().flatten()
+            label = batch.labels[order[labelled]].flatten()
+            guess = self.model.aux(features[labelled])
+            glyphs = F.cross_entropy(guess.view(len(label), -1).float(), label, reduction="none")
             weight = torch.where(label > 0, 1.0, LABEL_FREE_WEIGHT)
-            aux = (aux * weight).sum() / weight.sum()
-        right = (logits.argmax(-1) == target) | ~counts
-        right = F.pad(right, (1, 0), value=True).view(-1, QUESTIONS, SEGMENT).all(-1)
-        return loss, aux, right
+            glyphs = (glyphs * weight).sum() / weight.sum()
+
+            guess = self.model.aux_value(hidden).flatten(0, 1).float()
+            value = packed.value.flatten()
+            bars = F.cross_entropy(guess, value, ignore_index=0, reduction="sum")
+            bars = bars / (value > 0).sum().clamp(min=1)
+        wrong = torch.zeros_like(packed.task)
+        missed = ((logits.argmax(-1) != target) & counts).long()
+        wrong.scatter_add_(1, answer.clamp(min=0), missed)
+        return (loss, glyphs, bars), wrong == 0, packed.task
 
     def train(self):
-        """Run all steps; print a line every hundred and the exact match at the end."""
-        args = self.args
-        for step in range(args.steps):
-            done = step / args.steps
+        """Run until the steps or the seconds are used up; save, print, and test at the end."""
+        args, begin, log = self.args, time.monotonic(), []
+        writer = Writer(args.out, SAVE_EVERY)
+        step, done = 0, 0.0
+        while done < 1:
             rate = min(1.0, (step + 1) / args.warmup) * min(1.0, (1 - done) / COOLDOWN)
             self.muon.param_groups[0]["lr"] = args.lr * rate + 1e-6
             self.adam.param_groups[0]["lr"] = args.adam_lr * rate + 1e-6
@@ -138,44 +153,86 @@ class Trainer:
                 max_lines=3 + int(5 * ease + 1e-6),
                 max_length=max(5, min(8, 5 + int(4 * ease))),
             )
-            loss, aux, _ = self.losses(batch)
-            (loss + (1 - 0.8 * done) * aux).backward()
+            losses, right, task = self.losses(batch)
+            loss, glyphs, bars = losses
+            (loss + (1 - 0.8 * done) * (glyphs + VALUE_WEIGHT * bars)).backward()
             torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
             self.muon.step()
             self.adam.step()
             self.model.zero_grad(set_to_none=True)
-            if step % 100 == 0:
-                print(f"{step} loss {loss.item():.4f} aux {aux.item():.4f}", flush=True)
-        print("exact match", {k: round(v, 4) for k, v in self.exact_match().items()})
+            if step % PRINT_EVERY == 0:
+                seconds = time.monotonic() - begin
+                values = {
+                    "step": step,
+                    "seconds": round(seconds, 1),
+                    **{
+                        name: round(value.item(), 4)
+                        for name, value in zip(("loss", "glyphs", "bars"), losses, strict=True)
+                    },
+                    **{
+                        name: round(right[task == TASKS.index(name)].float().mean().item(), 3)
+                        for name in ("field", "count", "bar", "value")
+                    },
+                }
+                if not math.isfinite(values["loss"]):
+                    raise RuntimeError(f"training diverged: {values}")
+                log.append(values)
+                print(*(f"{k} {v}" for k, v in values.items()), flush=True)
+                writer.save(self.model)
+            step += 1
+            # Of a GPU, this is the time at which a step is queued; printing waits for it.
+            passed = (time.monotonic() - begin) / args.seconds if args.seconds else 0.0
+            done = max(step / args.steps, passed)
+        writer.save(self.model, now=True)
+        writer.pack(self.model)
+        report = {"steps": step, "seconds": time.monotonic() - begin, "log": log}
+        report |= {"arguments": vars(args), "exact_match": self.exact_match()}
+        print_table(report["exact_match"])
+        writer.report(report)
 
     @torch.no_grad()
-    def exact_match(self, batches=4):
-        """Return the share of segments of each task whose answer tokens are all right."""
+    def exact_match(self, batches=6):
+        """Return the share of right answers in percent, by kind of prompt and task."""
         generator = Generator(EVAL_SEED, self.device)
-        right = {task: [] for task in TASKS}
+        kinds = sorted(set(KINDS), key=KINDS.index)
+        of_kind = torch.tensor([kinds.index(kind) for kind in KINDS], device=self.device)
+        right = torch.zeros(len(kinds), len(TASKS), device=self.device)
+        total = torch.zeros_like(right)
         for _ in range(batches):
-            batch = generator.batch(*self.scenes)
-            is_right = self.losses(batch)[2]
-            for index, task in enumerate(TASKS):
-                right[task].append(is_right[batch.task == index].float())
-        return {task: torch.cat(parts).mean().item() for task, parts in right.items()}
+            _, is_right, task = self.losses(generator.batch(*self.scenes), generator)
+            cell = (of_kind * len(TASKS) + task).flatten()
+            right.view(-1).scatter_add_(0, cell, is_right.flatten().float())
+            total.view(-1).scatter_add_(0, cell, torch.ones_like(cell, dtype=torch.float))
+        share = (100 * right / total.clamp(min=1)).tolist()
+        return {
+            kind: {task: round(share[i][j], 2) for j, task in enumerate(TASKS)}
+            for i, kind in enumerate(kinds)
+        }
+
+
+def print_table(table):
+    """Print exact match, a row for each kind of prompt."""
+    print(f"| {'exact match, %':<26} | {' | '.join(f'{task:>6}' for task in TASKS)} |")
+    for kind, row in table.items():
+        print(f"| {kind:<26} | {' | '.join(f'{row[task]:6.2f}' for task in TASKS)} |", flush=True)
 
 
 def parse_args(argv=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="folder")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--init", type=Path, help="start from this checkpoint")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of Muon, for hidden matrices")
-    parser.add_argument("--adam-lr", type=float, default=2e-3, help="of AdamW, for the rest")
-    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--seconds", type=float, help="train for at most this long")
+    parser.add_argument("--batch", type=int, default=256, help="pictures")
+    parser.add_argument("--init", help='"packed", or the folder of a checkpoint')
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="of Muon, for hidden matrices")
+    parser.add_argument("--adam-lr", type=float, default=1e-3, help="of AdamW, for the rest")
+    parser.add_argument("--warmup", type=int, default=60, help="steps")
     parser.add_argument(
-        "--curriculum", type=float, default=0.12, help="share of the steps with shorter documents"
+        "--curriculum", type=float, default=0.0, help="share of the steps with shorter documents"
     )
     parser.add_argument(
-        "--mix", type=float, nargs=3, default=(0.6, 0.25, 0.15), help="documents, grids, charts"
+        "--mix", type=float, nargs=3, default=(0.38, 0.22, 0.4), help="documents, grids, charts"
     )
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args(argv)
@@ -183,11 +240,7 @@ def parse_args(argv=None):
 
 def main():
     """Command line."""
-    args = parse_args()
-    trainer = Trainer(args, "cuda" if torch.cuda.is_available() else "cpu")
-    trainer.train()
-    state = trainer.model.state_dict()
-    save_file({k: v.bfloat16().cpu().contiguous() for k, v in state.items()}, args.out)
+    Trainer(parse_args(), "cuda" if torch.cuda.is_available() else "cpu").train()
 
 
 if __name__ == "__main__":

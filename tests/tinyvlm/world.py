@@ -28,7 +28,7 @@ PEN = (3, 18)
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz:.-"
 GLYPH = {c: i + 1 for i, c in enumerate(CHARACTERS)}  # glyph 0 is empty
 
-IMAGE_SIZE = 224
+IMAGE_SIZE = 336
 PATCH = 14
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # no I, O, Q: too close to 1 and 0
@@ -51,9 +51,11 @@ MAX_LINES = 8
 MAX_LENGTH = 8  # of a value, in characters
 MAX_BARS = 6
 MAX_VALUE = 20  # of a bar
+LABELS = tuple(key for key in KEYS if len(key) <= 4)  # that stand below bars
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 BOS, EOS, PAD, IMAGE = 1, 2, 3, 4
+LINE_FEED = 203  # it ends a question and stands between two pictures
 
 # The questions, in the order in which the generator indexes them.
 FIELD_QUESTIONS = [f"What is the {key.lower()}?" for key in KEYS]
@@ -64,6 +66,7 @@ CELL_QUESTIONS = [
 ]
 WHERE_QUESTIONS = [f"Where is the {c} {s}?" for c in COLOURS for s in SHAPES]
 BAR_QUESTIONS = [f"What is the value of bar {letter}?" for letter in LETTERS]
+VALUE_QUESTIONS = [f"What is the value of {label.lower()}?" for label in LABELS]
 BARN_QUESTIONS = [f"Read bar {i + 1}." for i in range(MAX_BARS)]
 
 # The answers that are not spelled out character by character.
@@ -72,6 +75,8 @@ THINGS = [f"{c} {s}" for c in COLOURS for s in SHAPES]
 PLACES = [f"row {r + 1} column {c + 1}" for r in range(GRID) for c in range(GRID)]
 NUMBERS = [str(i) for i in range(MAX_VALUE + 1)]
 NOTHING = "nothing"
+
+PICTURES = ("Image 1: ", "Image 2: ")  # before a question, where a prompt has two pictures
 
 
 def build_tokenizer(path):

@@ -1,4 +1,8 @@
-"""Command line: ``vllm-calibquant calibrate MODEL --data DIR --bits 1.25 --out FILE``."""
+"""Command line.
+
+``vllm-calibquant calibrate MODEL --data DIR --bits 1.25 --out FILE`` searches a profile;
+``vllm-calibquant inspect MODEL IMAGE QUESTION --out PAGE.html`` shows what codes do to an image.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=32, help="of the 16-bit model's answers")
     add("--trials", type=int, default=40, help="profiles to try at most")
     add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what codes do to one image and one question",
+        description="Ask one question about one image at 16 bits and with visual tokens in codes, "
+        "and write a page with the answers, the image's tokens and the error of keys, values and "
+        "attention in every layer and head.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = inspect.add_argument
+    add("model", help="name or directory, as for vllm serve")
+    add("image", type=Path, help="a picture")
+    add("question")
+    add("--out", type=Path, required=True, help="the page, an HTML file that needs no other")
+    add("--widths", type=int, nargs="*", choices=(1, 2, 4), default=[4, 2, 1], help="bits")
+    add("--profile", type=Path, help="a profile of this model to look at too")
+    add("--max-tokens", type=int, default=64, help="of an answer")
+    add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     return parser
 
 
@@ -53,13 +74,18 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(make_parser().parse_args(argv))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    args.pop("command")
-    from vllm_calibquant.calibrate.search import Task, calibrate
-
+    command = args.pop("command")
     try:
-        print(calibrate(Task(**args)))
+        if command == "calibrate":
+            from vllm_calibquant.calibrate.search import Task, calibrate
+
+            print(calibrate(Task(**args)))
+        else:
+            from vllm_calibquant.inspector import inspect_image
+
+            print(inspect_image(**args))
     except ConfigError as error:
-        sys.exit(f"vllm-calibquant calibrate: {error}")
+        sys.exit(f"vllm-calibquant {command}: {error}")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,33 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_calibquant.format import PageFormat
+
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words, pipeline_stages
 
+try:
+    from .prefill_gluon import ROWS, _prefill_kernel
+
+    GLUON = True
+except ImportError:  # a Triton without Gluon
+    GLUON = False
+
 MAX_SPLITS = 16
+PROGRAMS_PER_SM = {"gluon": 8, "triton": 2}
+"""Programs that a multiprocessor runs at once: shares are made while there are fewer."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_req", "stride_ls", "stride_lh", "stride_ph", "max_query_len", "splits",
+    ]
+)  # fmt: skip
 def _merge_kernel(
     p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req,
     p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_ph, max_query_len,
-    D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    splits, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     req = first_req + tl.program_id(0) // max_query_len
@@ -32,14 +46,17 @@ def _merge_kernel(
     if row >= tl.load(p_query_start + req + 1):
         return
     row = row.to(tl.int64)
-    o_s = tl.arange(0, SPLITS)
+    o_s = tl.arange(0, BS)
+    m_s = o_s < splits
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    lse = tl.load(p_part_lse + o_s * stride_ls + i_head * stride_ph + row)
+    p_lses = p_part_lse + o_s * stride_ls + i_head * stride_ph + row
+    lse = tl.load(p_lses, mask=m_s, other=float("-inf"))
     top = tl.max(lse, 0)
     weight = tl.exp(lse - tl.where(top > float("-inf"), top, 0.0))
     p_row = p_part + (row * NUM_HEADS + i_head) * D
-    part = tl.load(p_row + o_s[:, None] * stride_os + o_d[None, :], mask=m_d[None, :], other=0)
+    m = m_s[:, None] & m_d[None, :]
+    part = tl.load(p_row + o_s[:, None] * stride_os + o_d[None, :], mask=m, other=0)
     total = tl.sum(weight, 0)
     some = tl.where(total > 0, total, 1.0)
     out = tl.sum(part * weight[:, None], 0) / some
@@ -71,6 +88,7 @@ def prefill_attention(
     scale: float,
     calibration: tuple[float, float] | None = None,
     splits: int | None = None,
+    kernel: str = "auto",
 ) -> None:
     """Attention of many query tokens over the visual pages of their requests' contexts.
 
@@ -102,55 +120,89 @@ def prefill_attention(
     calibration
         ``(tau_min, tau_max)`` of the score calibration, for each query token and head, or None.
     splits
-        Shares of a request's runs, a power of 2; None to choose by the number of programs.
+        Shares of a request's runs, at most 16; None to choose by the number of programs.
+    kernel
+        "gluon", "triton", or "auto": Gluon where it serves the format and the device.
+
+    Raises
+    ------
+    ValueError
+        If ``kernel="gluon"`` does not serve the format.
     """
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
     if num_requests == 0 or max_query_len == 0:
         return
-    page = fmt.page
-    tau_min, tau_max = calibration or (0.0, 0.0)
-    bd = triton.next_power_of_2(d)
+    use_gluon = kernel != "triton" and gluon_prefills(fmt, query.device)
+    if kernel == "gluon" and not use_gluon:
+        raise ValueError("the Gluon kernel does not serve this format on this device")
     rows = max_query_len * group
-    bm = 16 if rows <= 16 else 64
-    tiles = triton.cdiv(rows, bm)
+    block = ROWS if use_gluon else 16 if rows <= 16 else 64
+    tiles = triton.cdiv(rows, block)
     if splits is None:
-        programs = tiles * num_kv_heads * num_requests
-        wanted = 2 * _multiprocessors(query.device) // programs
-        splits = min(MAX_SPLITS, 1 << max(wanted.bit_length() - 1, 0))
+        at_once = PROGRAMS_PER_SM["gluon" if use_gluon else "triton"]
+        wanted = at_once * _multiprocessors(query.device) // (tiles * num_kv_heads * num_requests)
+        splits = min(MAX_SPLITS, max(wanted, 1))
     num_tokens = query.shape[0]
     part, part_lse, low, high = out, lse, lse, lse
-    modes = (ATTEND,) if calibration is None else (CALIBRATE,)
     stride_os = stride_ls = 0
     if splits > 1:
         part = query.new_empty((splits, num_tokens, num_heads, d), dtype=torch.float32)
-        part_lse, low, high = query.new_empty(
-            (3, splits, num_heads, num_tokens), dtype=torch.float32
-        )
+        part_lse = query.new_empty((splits, num_heads, num_tokens), dtype=torch.float32)
         stride_os, stride_ls = part.stride(0), part_lse.stride(0)
-        modes = (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE)
-    for mode in modes:
-        _attend_kernel[(tiles, num_kv_heads, num_requests * splits)](
-            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+    if calibration is not None:
+        low, high = (
+            torch.empty_strided(part_lse.shape, part_lse.stride(), device=query.device)
+            for _ in range(2)
+        )
+    tau_min, tau_max = calibration or (0.0, 0.0)
+    page, words, bd = fmt.page, cache_words(kv_cache), triton.next_power_of_2(d)
+    grid = (tiles, num_kv_heads, num_requests * splits)
+    for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        if use_gluon:
+            _prefill_kernel[grid](
+                query, query.stride(0), query.stride(1), words, kv_cache,
+                kv_cache.stride(0), kv_cache.stride(1),
+                tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
+                part, stride_os, part.stride(-3), part.stride(-2), part_lse, stride_ls,
+                part_lse.stride(-2), low, high, scale, tau_min, tau_max, splits,
+                GROUP=group, D=d, BITS=fmt.uniform_bits, SLOTS=page.slots,
+                RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=1,
+            )  # fmt: skip
+            continue
+        _attend_kernel[grid](
+            query, query.stride(0), query.stride(1), words, kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
             tables.items, tables.plan, tables.item_start,
             part, part.stride(-3), part.stride(-2), part_lse, 1, part_lse.stride(-2),
             low, high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
-            D=d, BD=bd, GROUP=group, BM=bm, BT=32 if bd > 128 else 64,
+            D=d, BD=bd, GROUP=group, BM=block, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             KEY_FULL=page.tile_slots(page.key_planes),
             VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
             HALF=tables.half_slots, MODE=mode, DECODE=False, DOT=DOT_DTYPE,
             WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
-            stride_os=stride_os, stride_ls=stride_ls, SPLITS=splits, num_warps=4,
+            stride_os=stride_os, stride_ls=stride_ls, splits=splits, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_requests * max_query_len, num_heads)](
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request,
             out, out.stride(0), out.stride(1), lse, lse.stride(0), part_lse.stride(1),
-            max_query_len, D=d, BD=bd, NUM_HEADS=num_heads, SPLITS=splits, num_warps=2,
+            max_query_len, splits, D=d, BD=bd, NUM_HEADS=num_heads, BS=MAX_SPLITS, num_warps=2,
         )  # fmt: skip
+
+
+def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
+    """Whether the Gluon kernel serves a format and device."""
+    return (
+        GLUON
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and fmt.uniform_bits in (1, 2, 4)
+        and fmt.page.head_size in (64, 128)
+        and fmt.page.slots == PageFormat.uniform(fmt.page.head_size, fmt.uniform_bits).slots
+    )

@@ -22,11 +22,13 @@ TARGETS = [80, 90]
 POINTERS = {
     "p_q": "bf16", "p_cache": "bf16", "p_key": "bf16", "p_value": "bf16", "p_text": "bf16",
     "p_a": "bf16", "p_b": "bf16", "p_c": "bf16", "p_out": "fp32", "p_lse": "fp32", "p_low": "fp32",
-    "p_high": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32",
+    "p_high": "fp32",
+    "p_scores": "fp32", "p_part": "fp32", "p_part_lse": "fp32", "p_text_lse": "fp32",
     "p_a_lse": "fp32",
     "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
     "p_key_mix": "fp32", "p_value_mix": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
+    "p_scratch": "u8",
 }  # fmt: skip
 FLOATS = {"scale", "tau_min", "tau_max", "alpha"}
 
@@ -121,7 +123,7 @@ def test_attention(capability, mode, prefill, head_size):
     constants = page_constants(make_format(head_size)) | {
         "D": head_size, "BD": 128, "GROUP": 7, "BM": 64 if prefill else 16, "BT": 64,
         "KEY_BITS": 1, "VALUE_BITS": 1, "MODE": mode, "DECODE": not prefill,
-        "DOT": triton.language.bfloat16, "WHOLE": head_size == 128,
+        "DOT": triton.language.bfloat16, "WHOLE": head_size == 128, "HALF": 8,
     }  # fmt: skip
     compile_kernel(attention._attend_kernel, constants, capability, num_warps=4)
 
@@ -151,6 +153,7 @@ def disassembly(compiled, tmp_path: Path) -> str:
         (90, attention.ATTEND, 16, 128, 1),
         (90, attention.ATTEND, 8, 128, 2),
         (90, attention.ATTEND, 1, 128, 4),
+        (90, attention.CALIBRATE, 1, 128, 1),
         (90, attention.CALIBRATE, 4, 64, 1),
         (90, attention.ATTEND, 4, 64, 2),
         (80, attention.ATTEND, 7, 128, 1),
@@ -165,21 +168,51 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     constants = {
         "NUM_HEADS": 4 * group, "GROUP": group, "N": 16 if wide else 8, "D": head_size,
         "BITS": bits,
-        "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2, "MODE": mode,
-        "PDL": capability >= 90,
+        "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2,
+        "HALF": metadata.half_slots(slots), "MODE": mode, "PDL": capability >= 90,
     }  # fmt: skip
     compiled = compile_kernel(
         _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
         maxnreg=decode.max_registers(mode, group),
     )  # fmt: skip
-    assert compiled.metadata.shared == 0, "codes must not pass through shared memory"
+    stages = 2 if mode == attention.EXTREMES else 3
+    assert compiled.metadata.shared == stages * 32 * head_size, "shared memory is the ring alone"
     sass = disassembly(compiled, tmp_path)
     products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
     steps = head_size // 16
     parts = 1 if mode == attention.EXTREMES else 2
-    assert products == (2 if wide else 1) * steps * (1 + parts * slots * bits)
+    signs = 1 if head_size == 128 else 0  # what the last bit of a half-word needs
+    assert products == (2 if wide else 1) * (steps * (1 + parts * slots * bits) + signs)
     # An A register holds two codes and takes one LOP3: four for a product of 16 tokens x 16
     # channels.
     assert len(re.findall(r"\bLOP3\b", sass)) < 4 * steps * parts * slots * bits + 100
-    if not wide:
-        assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spill to local memory"
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    assert spills < (256 if wide else 32), "registers spill to local memory"
+
+
+@pytest.mark.parametrize(
+    ("capability", "mode", "head_size", "bits"),
+    [
+        (90, attention.ATTEND, 128, 1),
+        (90, attention.CALIBRATE, 64, 4),
+        (80, attention.EXTREMES, 128, 2),
+    ],
+)
+def test_gluon_prefill(capability, mode, head_size, bits, tmp_path):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.prefill_gluon import _prefill_kernel
+
+    page = make_format(head_size, bits).page
+    constants = {
+        "GROUP": 7, "D": head_size, "BITS": bits, "SLOTS": page.slots,
+        "RANGE_OFFSET": page.range_offset // 2, "MODE": mode,
+    }  # fmt: skip
+    compiled = compile_kernel(
+        _prefill_kernel, constants, capability, gluon.GluonASTSource, ("stride_",), num_warps=1
+    )
+    sass = disassembly(compiled, tmp_path)
+    products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
+    steps, parts = head_size // 16, 1 if mode == attention.EXTREMES else 2
+    signs = 2 if head_size == 128 else 0  # what the last bit of a half-word needs
+    assert products == 2 * steps * (1 + parts * page.slots * bits) + signs
+    assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) < 200, "registers spill to local memory"

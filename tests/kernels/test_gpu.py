@@ -101,10 +101,13 @@ def test_prefill_later_chunks(head_size, bits, group, calibration):
 
 
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
-@pytest.mark.parametrize(("head_size", "bits"), [(64, 4), (128, 1)])
-@pytest.mark.parametrize("splits", [1, 2, 16])
-def test_prefill_shares_of_a_context(head_size, bits, splits, calibration):
-    test_prefill.run_chunks(head_size, bits, 7, calibration, device="cuda", splits=splits)
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize(("head_size", "bits"), [(64, 1), (64, 4), (128, 1), (128, 2)])
+def test_prefill_shares_of_a_context(head_size, bits, splits, kernel, calibration):
+    test_prefill.run_chunks(
+        head_size, bits, 7, calibration, device="cuda", splits=splits, kernel=kernel
+    )
 
 
 def test_graph_replays_follow_the_tables():

@@ -29,7 +29,7 @@ def test_shares_of_a_context(splits, calibration):
     run_chunks(64, 1, 7, calibration, splits=splits)
 
 
-def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None):
+def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None, kernel="auto"):
     fmt = make_format(head_size, bits)
     slots = fmt.page.slots
     pool = Pool(fmt, 1, 16)
@@ -52,7 +52,7 @@ def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None):
     prefill_attention(tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
                       starts.to(device), out, lse, first_request=1,
                       num_requests=3, max_query_len=19, scale=head_size**-0.5,
-                      calibration=calibration, splits=splits)  # fmt: skip
+                      calibration=calibration, splits=splits, kernel=kernel)  # fmt: skip
     out, lse = out.cpu(), lse.cpu()
     assert out[0].isnan().all()  # a decode request: not ours
     for r in (1, 2, 3):

@@ -36,15 +36,15 @@ OPTIONS = {
 TEXTS = ("How many red circles?", "What is the serial? " * 20, "Read line 3.\n" * 40)
 
 
-def start(path: Path, dtype: str, **settings: Any) -> Engine:
+def start(path: Path, kind: str, **settings: Any) -> Engine:
     """An engine of a KV cache dtype, or of :data:`PROFILE` or :data:`PAPER`."""
-    return Engine(path, dtype.split()[0], OPTIONS.get(dtype), **settings)
+    return Engine(path, kind.split()[0], OPTIONS.get(kind), **settings)
 
 
-def run(dtype: str, **settings: Any) -> dict[str, list[Answer]]:
+def run(kind: str, **settings: Any) -> dict[str, list[Answer]]:
     """Answers of one engine: text alone, images cold, the same images again, other questions."""
     questions = list(examples("test", 7, 4))
-    with start(model_path(), dtype, kv_cache_memory_bytes=1 << 28, **settings) as engine:
+    with start(model_path(), kind, kv_cache_memory_bytes=1 << 28, **settings) as engine:
         texts = [engine.prompt(text) for text in TEXTS]
         images = [engine.prompt(q.question, q.image) for q in questions]
         other = [engine.prompt("Read line 1.", q.image) for q in questions]

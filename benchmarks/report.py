@@ -104,7 +104,7 @@ def goals_region(runs: list[Run]) -> list[str]:
             line.append(said + (f", goal {goal}" if goal else ""))
         rows.append(line)
     if not used:
-        return ["Whole servers have not been measured yet: there is no record of a run on a GPU."]
+        return ["Not measured yet: no record has codes and stock vLLM in one run on a GPU."]
     return [
         *table(["`calibquant1`, InternVL3-8B shape", "against bf16", "against fp8"], rows),
         "",
@@ -229,7 +229,9 @@ def render(text: str, folder: Path) -> str:
 
 
 def plot_data(runs: list[Run]) -> dict[str, dict[str, list[list[float]]]]:
-    """By what is shown and KV cache dtype: points of visual share and value, of the newest run."""
+    """By what is shown and KV cache dtype: points of visual share and value, of the newest run that
+    has something to compare.
+    """
     for run in runs:
         data: dict[str, dict[str, list[list[float]]]] = {}
         for name in ("requests", "decode_tokens_per_s"):
@@ -241,7 +243,7 @@ def plot_data(runs: list[Run]) -> dict[str, dict[str, list[list[float]]]]:
                 points = [[s, c[name]] for s, c in cells if c and c.get(name)]
                 if len(points) > 1:
                     data.setdefault(name, {})[dtype] = points
-        if data:
+        if any(len(by_dtype) > 1 for by_dtype in data.values()):
             return data
     return {}
 

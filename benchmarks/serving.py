@@ -351,6 +351,10 @@ def main(argv: list[str] | None = None) -> Path | None:
         "cells": [],
     }
     record["run"] = args.run or record["date"]
+    # Where results go is no part of what was measured.
+    for folder in (args.out, args.log_dir):
+        for option in ("--out", "--log-dir"):
+            record["command"] = record["command"].replace(f" {option} {folder}", "")
     path = record_path("serving", record["date"], args.out)
     save_record(path, record)
     run_jobs(args, record, path)

@@ -340,7 +340,7 @@ def calibrate(task: Task) -> str:
             if state.answers is None:
                 state.keep({"answers": _answers(probe, prompts)})
             asked = list(zip(prompts, state.answers or [], strict=True))
-            step = max(2, len(asked) // max(task.held_out, 1))
+            step = max(4, len(asked) // max(task.held_out, 1))  # most prompts are for moments
             held, rest = asked[::step], [a for i, a in enumerate(asked) if i % step]
             with tqdm(total=len(asked), desc="statistics", unit="prompt") as bar:
                 references, held_moments = _references(probe, held, bar)

@@ -169,6 +169,6 @@ def test_demo() -> None:
     assert answer, run.stdout
     at_16_bits, at_1_bit, truth = answer.groups()
     assert at_16_bits == at_1_bit == truth
-    sizes = re.search(r"224 visual tokens in codes +(\d+) KiB +(\d+) KiB +14.0×", run.stdout)
+    sizes = re.search(r"560 visual tokens in codes +(\d+) KiB +(\d+) KiB +11.7×", run.stdout)
     assert sizes, run.stdout
     assert (demo.OUT / "field.png").is_file()

@@ -218,11 +218,11 @@ def test_client_goes_away(server: Server, questions) -> None:
         end = time.monotonic() + 20
         while not (busy := server.metrics())["vllm:calibquant_visual_tokens"]:
             assert time.monotonic() < end
-        # An image after one token of text: its blocks 1 to 15 are visual, and fill 5 pages.
-        assert busy["vllm:calibquant_visual_tokens"] == 15 * 16
-        assert busy["vllm:calibquant_pages:visual"] == 15 // SLOTS
+        # An image after one token of text: its blocks 1 to 35 are visual, and fill 12 pages.
+        assert busy["vllm:calibquant_visual_tokens"] == 35 * 16
+        assert busy["vllm:calibquant_pages:visual"] == -(-35 // SLOTS)
         assert busy["vllm:calibquant_pages:text"] >= 2
-        assert busy["vllm:calibquant_bytes_saved"] == (15 - 15 // SLOTS) * PAGE_BYTES
+        assert busy["vllm:calibquant_bytes_saved"] == (35 - -(-35 // SLOTS)) * PAGE_BYTES
         assert busy["vllm:kv_cache_usage_perc"] > 0
     after = server.idle()
     assert_free(after)

@@ -227,6 +227,73 @@ def _page_query(
 
 
 @gluon.jit
+def _keys_or_kept_scores(
+    READS: gl.constexpr, keep, keys, kept, qs, bias, D: gl.constexpr, BITS: gl.constexpr,
+    SLOTS: gl.constexpr, PART_SLOTS: gl.constexpr, PART: gl.constexpr, MMA: gl.constexpr,
+    A: gl.constexpr,
+):  # fmt: skip
+    """Scores of a part of a page, from what :func:`_fetch_keys_or_scores` has fetched."""
+    if not READS:
+        out = _part_scores(keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, PART, MMA, A)
+    elif keep:
+        out = _load_scores(kept, SLOTS, PART_SLOTS, PART, qs.shape[1], MMA)
+    else:
+        out = _part_scores(keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, PART, MMA, A)
+    return out
+
+
+@gluon.jit
+def _mask(
+    scores, value, first_slot, end_slot, SLOTS: gl.constexpr, PART_SLOTS: gl.constexpr,
+    PART: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Scores of a part with ``value`` outside sub-slots first_slot .. end_slot - 1."""
+    out = ()
+    for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, PART)):
+        m = inside(
+            group_first(SLOTS, PART_SLOTS, PART, g), group_size(SLOTS, PART_SLOTS, PART, g),
+            first_slot, end_slot, MMA,
+        )  # fmt: skip
+        out = out + (gl.where(m, scores[g], value),)
+    return out
+
+
+@gluon.jit
+def _largest(scores, MMA: gl.constexpr):
+    """Largest score of each row of the sub-slots and each query, [16, N]."""
+    out = fold_max(scores[0], MMA)
+    for g in gl.static_range(1, len(scores)):
+        out = gl.maximum(out, fold_max(scores[g], MMA))
+    return out
+
+
+@gluon.jit
+def _least(scores, MMA: gl.constexpr):
+    """Smallest score likewise."""
+    out = fold_min(scores[0], MMA)
+    for g in gl.static_range(1, len(scores)):
+        out = gl.minimum(out, fold_min(scores[g], MMA))
+    return out
+
+
+@gluon.jit
+def _request_extremes(
+    p_low, p_high, first_item, end_item, o_h, m_c, NUM_HEADS: gl.constexpr, MMA: gl.constexpr
+):
+    """Smallest and largest score of a request, [N], from those of its items."""
+    N: gl.constexpr = o_h.shape[0]
+    o_i = gl.arange(0, 16, gl.SliceLayout(1, MMA))
+    low = gl.full([16, N], float("inf"), gl.float32, MMA)
+    high = gl.full([16, N], float("-inf"), gl.float32, MMA)
+    for start in range(first_item, end_item, 16):
+        at = (start + o_i)[:, None] * NUM_HEADS + o_h[None, :]
+        m = (start + o_i < end_item)[:, None] & m_c[None, :]
+        low = gl.minimum(low, gl.load(p_low + at, mask=m, other=float("inf")))
+        high = gl.maximum(high, gl.load(p_high + at, mask=m, other=float("-inf")))
+    return gl.where(m_c, gl.min(low, 0), 0.0), gl.where(m_c, gl.max(high, 0), 0.0)
+
+
+@gluon.jit
 def _decode_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_items, p_item_start, p_half_start,
@@ -260,7 +327,6 @@ def _decode_kernel(
     o_n = gl.arange(0, N, gl.SliceLayout(0, B))
     o_c = gl.arange(0, N, COLUMN)
     o_d = gl.arange(0, D, ROW)
-    o_i = gl.arange(0, 16, ROW)
     m_c = o_c < GROUP
     o_h = i_head * GROUP + o_c
     unit = scale * LOG2E * 1073741824.0  # 2**SCORE_EXP: accumulators to log2 of a probability
@@ -321,15 +387,9 @@ def _decode_kernel(
         if MODE == 2:
             first_item = gl.load(p_item_start + req)
             end_item = gl.load(p_item_start + req + 1)
-            low = gl.full([16, N], float("inf"), gl.float32, MMA)
-            high = gl.full([16, N], float("-inf"), gl.float32, MMA)
-            for start in range(first_item, end_item, 16):
-                at = (start + o_i)[:, None] * NUM_HEADS + o_h[None, :]
-                m = (start + o_i < end_item)[:, None] & m_c[None, :]
-                low = gl.minimum(low, gl.load(p_low + at, mask=m, other=float("inf")))
-                high = gl.maximum(high, gl.load(p_high + at, mask=m, other=float("-inf")))
-            low = gl.where(m_c, gl.min(low, 0), 0.0)
-            high = gl.where(m_c, gl.max(high, 0), 0.0)
+            low, high = _request_extremes(
+                p_low, p_high, first_item, end_item, o_h, m_c, NUM_HEADS, MMA
+            )
             width = high - low
             some = width > 0
             slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
@@ -363,7 +423,6 @@ def _decode_kernel(
                 )  # fmt: skip
             async_copy.commit_group()
             async_copy.wait_group(STAGES - 1)
-            keys = ring.index(k_stage)
             if READS:
                 bias = gl.zeros([16, N], gl.float32, MMA)
                 qs = q_code
@@ -382,57 +441,40 @@ def _decode_kernel(
             for part in gl.static_range(PARTS):
                 if (first_slot < (part + 1) * PART_SLOTS) & (end_slot > part * PART_SLOTS):
                     p_part = p_run_scores + i_run.to(gl.int64) * (NUM_HEADS * SLOTS * 16)
-                    if not READS:
-                        scores = _part_scores(
-                            keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A
-                        )
-                    elif keep:
-                        scores = _load_scores(
-                            kept.index(k_stage * (D // 32)), SLOTS, PART_SLOTS, part, N, MMA
-                        )
-                    else:
-                        scores = _part_scores(
-                            keys, qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A
-                        )
+                    scores = _keys_or_kept_scores(
+                        READS, keep, ring.index(k_stage), kept.index(k_stage * (D // 32)),
+                        qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A,
+                    )  # fmt: skip
                     if STORES:  # noqa: SIM102 - one is known when compiled, one is not
                         if keep:
                             _store_scores(p_part, scores, o_c, SLOTS, PART_SLOTS, part, MMA)
                     if MODE == 1:
-                        low_tile = gl.full([16, N], float("inf"), gl.float32, MMA)
-                        top_tile = gl.full([16, N], float("-inf"), gl.float32, MMA)
                         if whole:
-                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                                top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
-                                low_tile = gl.minimum(low_tile, fold_min(scores[g], MMA))
+                            low_tile = _least(scores, MMA)
+                            top_tile = _largest(scores, MMA)
                         else:
-                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                                m = inside(
-                                    group_first(SLOTS, PART_SLOTS, part, g),
-                                    group_size(SLOTS, PART_SLOTS, part, g),
-                                    first_slot, end_slot, MMA,
-                                )  # fmt: skip
-                                s = gl.where(m, scores[g], float("-inf"))
-                                top_tile = gl.maximum(top_tile, fold_max(s, MMA))
-                                s = gl.where(m, scores[g], float("inf"))
-                                low_tile = gl.minimum(low_tile, fold_min(s, MMA))
+                            low_tile = _least(
+                                _mask(
+                                    scores, float("inf"), first_slot, end_slot, SLOTS, PART_SLOTS,
+                                    part, MMA,
+                                ), MMA,
+                            )  # fmt: skip
+                            top_tile = _largest(
+                                _mask(
+                                    scores, float("-inf"), first_slot, end_slot, SLOTS, PART_SLOTS,
+                                    part, MMA,
+                                ), MMA,
+                            )  # fmt: skip
                         high = gl.maximum(high, gl.max(top_tile, 0))
                         low = gl.minimum(low, gl.min(low_tile, 0))
                     else:
                         if not whole:
-                            masked = ()
-                            for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, part)):
-                                m = inside(
-                                    group_first(SLOTS, PART_SLOTS, part, g),
-                                    group_size(SLOTS, PART_SLOTS, part, g),
-                                    first_slot, end_slot, MMA,
-                                )  # fmt: skip
-                                masked = masked + (gl.where(m, scores[g], float("-inf")),)
-                            scores = masked
+                            scores = _mask(
+                                scores, float("-inf"), first_slot, end_slot, SLOTS, PART_SLOTS,
+                                part, MMA,
+                            )  # fmt: skip
                         if MODE == 0:
-                            top_tile = fold_max(scores[0], MMA)
-                            for g in gl.static_range(1, num_groups(SLOTS, PART_SLOTS, part)):
-                                top_tile = gl.maximum(top_tile, fold_max(scores[g], MMA))
-                            m_new = gl.maximum(m_i, gl.max(top_tile, 0) * unit)
+                            m_new = gl.maximum(m_i, gl.max(_largest(scores, MMA), 0) * unit)
                             alpha = gl.exp2(m_i - m_new)
                             m_i = m_new
                             shift = P_EXP - m_new

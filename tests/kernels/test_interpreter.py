@@ -1,4 +1,4 @@
-"""Every plain-Triton kernel against its twin, on CPU tensors under Triton's interpreter."""
+"""Kernels against their twins on CPU tensors, under Triton's interpreter and that for Gluon."""
 
 import os
 import subprocess

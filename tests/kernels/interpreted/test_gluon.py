@@ -1,0 +1,61 @@
+"""The Gluon decode and prefill kernels against their float64 twins, interpreted."""
+
+import pytest
+import torch
+
+from csrc_triton import decode, prefill
+from tests.kernels.cases import make_format
+from tests.kernels.gluon_interpreter import Launcher
+from tests.kernels.interpreted import test_decode as decode_cases
+from tests.kernels.interpreted import test_prefill as prefill_cases
+
+decode_gluon = pytest.importorskip("csrc_triton.decode_gluon")
+prefill_gluon = pytest.importorskip("csrc_triton.prefill_gluon")
+
+CALIBRATION = (0.0, 3.0)
+
+
+@pytest.fixture(autouse=True)
+def gluon(monkeypatch):
+    monkeypatch.setattr(decode, "_decode_kernel", Launcher(decode_gluon._decode_kernel))
+    monkeypatch.setattr(decode, "gluon_serves", lambda *args: True)
+    monkeypatch.setattr(prefill, "_prefill_kernel", Launcher(prefill_gluon._prefill_kernel))
+    monkeypatch.setattr(prefill, "gluon_prefills", lambda *args: True)
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize(
+    ("head_size", "bits", "group"),
+    [(128, 1, 7), (128, 2, 1), (128, 4, 4), (64, 1, 1), (64, 2, 12), (64, 4, 3), (128, 1, 16)],
+)
+def test_decode_widths(head_size, bits, group, calibration):
+    fmt = make_format(head_size, bits)
+    plans = decode_cases.PLANS[:3]
+    decode_cases.run(
+        fmt, group=group, heads=1, plans=plans, calibration=calibration, kernel="gluon"
+    )
+
+
+@pytest.mark.parametrize("sms", [1, 40])
+@pytest.mark.parametrize("kept", [True, False])
+def test_decode_with_one_query_head(sms, kept, monkeypatch):
+    if not kept:  # too many scores to keep: the second pass reads keys again
+        monkeypatch.setattr(decode, "SCORE_BYTES", 0)
+    plans = [[1, (14, 0, 14), (14, 0, 9), 1], [(14, 9, 5), 1]]
+    decode_cases.run(
+        make_format(64), group=1, sms=sms, plans=plans, calibration=CALIBRATION, kernel="gluon"
+    )
+
+
+def test_decode_float16():
+    decode_cases.run(
+        make_format(128, 1, torch.float16), group=4, plans=decode_cases.PLANS[:2], kernel="gluon"
+    )
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize(
+    ("head_size", "bits", "splits"), [(128, 1, None), (128, 2, 2), (64, 1, 16), (64, 4, None)]
+)
+def test_prefill(head_size, bits, splits, calibration):
+    prefill_cases.run_chunks(head_size, bits, 7, calibration, splits=splits, kernel="gluon")

@@ -47,6 +47,7 @@ class Tensor:
 
     shape = property(lambda self: list(self.x.shape))
     dtype = property(lambda self: self.x.dtype)
+    type = types.SimpleNamespace(layout=None)
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
         """Another dtype, of the value or of the bits."""
@@ -97,7 +98,10 @@ def _operator(name: str) -> None:
     setattr(Tensor, f"__r{name.strip('_')}__", backward)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lshift", "rshift", "and_", "or_"):
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod"),
+    *("lshift", "rshift", "and_", "or_", "xor"),
+):
     _operator(_name)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _operator(_name)
@@ -153,6 +157,10 @@ class Shared:
         """What is there now."""
         return Tensor(self.data.clone())
 
+    def store(self, x: Tensor) -> None:
+        """Replace what is there."""
+        self.data.copy_(x.x)
+
     def reinterpret(self, dtype: torch.dtype, shape: Any, layout: Any) -> Shared:
         """The same bytes as another dtype."""
         return Shared(self.data.view(-1).view(dtype).view([int(n) for n in shape]))
@@ -189,6 +197,9 @@ def assembly(text: str, constraints: str, args: list, **options: Any) -> Tensor:
     if text.startswith("lop3.b32") and "0xEA" in text:  # two halves of (a & b) | c
         word = (args[0][..., 0] & args[1][..., 0]) | args[2][..., 0]
         return Tensor(torch.stack([word & 0xFFFF, word >> 16], -1).short().view(torch.bfloat16))
+    if text.startswith("movmatrix") and args[0].dtype == torch.int32:  # words of two half-words
+        x = args[0].contiguous().view(torch.int16).view(-1, 8, 8)
+        return Tensor(x.mT.contiguous().view(torch.int32).view(args[0].shape))
     if text.startswith("movmatrix"):
         x = args[0]
         blocks = x.reshape(x.shape[0] // 8, 8, x.shape[1] // 8, 8)
@@ -197,6 +208,15 @@ def assembly(text: str, constraints: str, args: list, **options: Any) -> Tensor:
         return Tensor((args[0].float() * args[1].float()).bfloat16())
     if text.startswith("ex2.approx"):
         return Tensor(torch.exp2(args[0]))
+    if text.startswith("div.rn.f32"):
+        return Tensor(args[0] / args[1])
+    if ".bf16x2" in text or ".f16x2" in text:  # two numbers in a word
+        kind = torch.bfloat16 if ".bf16x2" in text else torch.float16
+        x, y = (a.contiguous().view(kind) for a in args)
+        if text.startswith("set.gt.u32"):
+            return Tensor((-(x > y).short()).view(torch.int32))
+        function = torch.minimum if text.startswith("min") else torch.maximum
+        return Tensor(function(x, y).view(torch.int32))
     raise NotImplementedError(text)
 
 
@@ -208,11 +228,26 @@ def _reduce(function: Any) -> Any:
     return lambda x, axis: Tensor(function(x.x, axis))
 
 
+def _fold(x: Any, axis: int, function: Any) -> Any:
+    """``gl.reduce``: halves are combined until one row is left."""
+    several = isinstance(x, tuple)
+    parts = [p.x.movedim(axis, 0) for p in (x if several else (x,))]
+    while len(parts[0]) > 1:
+        half = len(parts[0]) // 2
+        pairs = [Tensor(p[:half]) for p in parts] + [Tensor(p[half:]) for p in parts]
+        found = function(*pairs)
+        parts = [p.x for p in (found if several else (found,))]
+    out = tuple(Tensor(p[0]) for p in parts)
+    return out if several else out[0]
+
+
 def _full(shape: Any, value: Any, dtype: torch.dtype, layout: Any = None) -> Tensor:
     return Tensor(torch.full([int(n) for n in shape], float(raw(value)), dtype=dtype))
 
 
-def _where(c: Any, a: Any, b: Any) -> Tensor:
+def _where(c: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Pointer):
+        return a if c else b
     return Tensor(torch.where(tensor(c), raw(a), raw(b)))
 
 
@@ -233,6 +268,7 @@ LANGUAGE = types.SimpleNamespace(
     max_contiguous=_same, load=load, store=store, inline_asm_elementwise=assembly,
     where=_where, minimum=_binary(torch.minimum), maximum=_binary(torch.maximum),
     exp2=lambda x: Tensor(torch.exp2(x.x)), log=lambda x: Tensor(torch.log(x.x)),
+    reduce=_fold, reduce_or=lambda x, axis: _fold(x, axis, lambda a, b: a | b),
     max=_reduce(torch.amax), min=_reduce(torch.amin), sum=_reduce(torch.sum),
     arange=lambda a, b, layout=None: Tensor(torch.arange(a, b, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout=None: _full(shape, 0, dtype), full=_full,

@@ -1,4 +1,6 @@
-"""The Gluon decode and prefill kernels against their float64 twins, interpreted."""
+"""The Gluon kernels against their twins, interpreted."""
+
+import importlib
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from tests.kernels.cases import make_format
 from tests.kernels.gluon_interpreter import Launcher
 from tests.kernels.interpreted import test_decode as decode_cases
 from tests.kernels.interpreted import test_prefill as prefill_cases
+from tests.kernels.interpreted import test_store as store_cases
 
 decode_gluon = pytest.importorskip("csrc_triton.decode_gluon")
 prefill_gluon = pytest.importorskip("csrc_triton.prefill_gluon")
+store_gluon = pytest.importorskip("csrc_triton.store_gluon")
+store = importlib.import_module("csrc_triton.store")  # the package has a function of this name
 
 CALIBRATION = (0.0, 3.0)
 
@@ -21,6 +26,9 @@ def gluon(monkeypatch):
     monkeypatch.setattr(decode, "gluon_serves", lambda *args: True)
     monkeypatch.setattr(prefill, "_prefill_kernel", Launcher(prefill_gluon._prefill_kernel))
     monkeypatch.setattr(prefill, "gluon_prefills", lambda *args: True)
+    monkeypatch.setattr(store, "_fast_store_kernel", Launcher(store_gluon._store_kernel))
+    monkeypatch.setattr(store, "gluon_stores", lambda *args: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
 
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
@@ -59,3 +67,13 @@ def test_decode_float16():
 )
 def test_prefill(head_size, bits, splits, calibration):
     prefill_cases.run_chunks(head_size, bits, 7, calibration, splits=splits, kernel="gluon")
+
+
+@pytest.mark.parametrize("name", ["1 bit, 64", "1 bit, 128", "2 bit, 64, fp16", "4 bit, 128"])
+def test_store_bit_for_bit(name):
+    fmt = make_format(**store_cases.FORMATS[name])
+    for seed in (0, 1):
+        cache, want = store_cases.run(
+            fmt, store_cases.ragged_slots(fmt, seed), kernel="gluon", seed=seed
+        )
+        assert store_cases.differing_bits(cache, want) == 0

@@ -12,7 +12,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 
-@triton.jit
+# One compilation for all steps: strides of log-sum-exps are numbers of tokens.
+@triton.jit(do_not_specialize=["stride_lh", "stride_eh"])
 def _merge_splits_kernel(
     p_part, p_part_lse, p_item_start, first_req,
     p_text, stride_tt, stride_th, p_text_lse, stride_lh,
@@ -61,7 +62,7 @@ def _merge_splits_kernel(
         tl.store(p_lse + i_head * stride_eh + i_row, out_lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_al", "stride_bl", "stride_cl"])
 def _merge_parts_kernel(
     p_a, stride_at, stride_ah, p_a_lse, stride_al,
     p_b, stride_bt, stride_bh, p_b_lse, stride_bl,

@@ -186,7 +186,8 @@ def _last_valid(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
+# One compilation for all steps: what changes from step to step is not specialised.
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "num_decodes"])
 def _tables_kernel(
     p_block_table,
     stride_table,
@@ -410,7 +411,7 @@ def build_tables(
         tables.page_ids, tables.page_tokens, tables.page_rows,
         num_reqs, num_decodes, tables.target_programs,
         PAGE_TOKENS=tables.page_rows.shape[1], BC=1024,
-        SEARCH_STEPS=max(1, num_reqs.bit_length()), num_warps=4,
+        SEARCH_STEPS=tables.num_runs.shape[0].bit_length(), num_warps=4,
     )  # fmt: skip
 
 

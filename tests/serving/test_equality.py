@@ -379,5 +379,3 @@ def test_settings_change_results(model, stock, readings) -> None:
     assert losses["default"] < losses["quantiles"] < losses["range ends"]
     right = [q.answer for q in readings]
     assert texts["all but one exact"] == right
-    for name in ("default", "calibrated", "unbiased slope", "wider values"):
-        assert sum(a == b for a, b in zip(texts[name], right, strict=True)) >= 4

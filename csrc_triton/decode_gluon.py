@@ -20,9 +20,10 @@ from .fragments import (
     LOG2E,
     P_EXP,
     PAGE_MASK,
-    SCORE_EXP,
     TAG,
+    calibration,
     exponent,
+    fetch,
     fold_max,
     fold_min,
     fold_sum,
@@ -32,6 +33,7 @@ from .fragments import (
     group_size,
     inside,
     last_block_bias,
+    load_group,
     multiply,
     multiply_again,
     num_groups,
@@ -39,86 +41,9 @@ from .fragments import (
     part_slots,
     pow2,
     probabilities,
+    query_weight,
 )
 from .gluon_compat import async_load, reinterpret
-
-
-@gluon.jit
-def _load_tile(page, offset: gl.constexpr, WORDS: gl.constexpr):
-    """WORDS words of each lane, consecutive in shared memory: int32 [32, WORDS]."""
-    L: gl.constexpr = gl.BlockedLayout([WORDS], [32], [1], [0])
-    return page.slice(offset, 32 * WORDS).load(L).reshape([32, WORDS])
-
-
-@gluon.jit
-def _fetch(to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexpr,
-           RANGES: gl.constexpr):  # fmt: skip
-    """Start to copy K (or V) codes and ranges of a page's KV head into 8 D words of the ring."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    o = gl.arange(0, 8 * D, L)
-    o = gl.where(o < CODES, VALUES * CODES + o, RANGES + VALUES * D + (o - CODES) % D)
-    o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
-    async_load(to, p_page + o)
-
-
-@gluon.jit
-def _load_group(
-    page, D: gl.constexpr, BITS: gl.constexpr, FIRST: gl.constexpr,
-    COUNT: gl.constexpr,
-):  # fmt: skip
-    """Words of COUNT sub-slots: for each, for each bit, int32 [8 rows, 4 columns, 2 token groups].
-
-    Bit i of a half-word is plane block i.  With 64 channels a word holds two sets of 8 plane blocks
-    (two token groups, or two bits): the upper set is shifted down.
-    """
-    out = ()
-    start: gl.constexpr = FIRST * (BITS * D // 2)
-    if D == 128 and BITS == 1:
-        gl.static_assert(FIRST % 2 == 0 and COUNT % 2 == 0)
-        for t in gl.static_range(COUNT // 2):
-            w = _load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
-            w0, w1 = w.split()
-            out = out + ((w0,), (w1,))
-    elif D == 128 and BITS == 2:
-        for t in gl.static_range(COUNT):
-            w0, w1 = _load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).split()
-            out = out + ((w0, w1),)
-    elif D == 128:
-        gl.static_assert(BITS == 4)
-        for t in gl.static_range(COUNT):
-            even, odd = _load_tile(page, start + t * 256, 8).reshape([8, 4, 2, 2, 2]).split()
-            w0, w2 = even.split()
-            w1, w3 = odd.split()
-            out = out + ((w0, w1, w2, w3),)
-    elif BITS == 1:
-        gl.static_assert(D == 64 and FIRST % 4 == 0)
-        if COUNT == 4:
-            even, odd = _load_tile(page, start, 4).reshape([8, 4, 2, 2]).split()
-            w0, w2 = even.split()
-            w1, w3 = odd.split()
-            out = out + (
-                (gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),),
-                (gl.join(w2, w2 >> 8),), (gl.join(w3, w3 >> 8),),
-            )  # fmt: skip
-        else:
-            gl.static_assert(COUNT == 2)
-            w0, w1 = _load_tile(page, start, 2).reshape([8, 4, 2]).split()
-            out = out + ((gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),))
-    elif BITS == 2:
-        gl.static_assert(FIRST % 2 == 0)
-        for t in gl.static_range(COUNT // 2):
-            w = _load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
-            w0, w1 = w.split()
-            out = out + ((w0, w0 >> 8), (w1, w1 >> 8))
-        if COUNT % 2 == 1:
-            w0 = _load_tile(page, start + (COUNT // 2) * 128, 2).reshape([8, 4, 2])
-            out = out + ((w0, w0 >> 8),)
-    else:
-        gl.static_assert(BITS == 4)
-        for t in gl.static_range(COUNT):
-            w0, w2 = _load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).split()
-            out = out + ((w0, w0 >> 8, w2, w2 >> 8),)
-    return out
 
 
 @gluon.jit
@@ -130,7 +55,7 @@ def _load_part(
     out = ()
     for g in gl.static_range(num_groups(SLOTS, PART_SLOTS, PART)):
         out = out + (
-            _load_group(
+            load_group(
                 page,
                 D,
                 BITS,
@@ -185,11 +110,11 @@ def _fetch_keys_or_scores(
 ):  # fmt: skip
     """What scores are made of: K of a page, or the scores that the pass before has kept."""
     if not READS:
-        _fetch(ring, p_page, 0, D, CODES, RANGES)
+        fetch(ring, p_page, 0, D, CODES, RANGES)
     elif keep:
         _fetch_scores(kept, p_scores, i_run, NUM_HEADS, SLOTS)
     else:
-        _fetch(ring, p_page, 0, D, CODES, RANGES)
+        fetch(ring, p_page, 0, D, CODES, RANGES)
 
 
 @gluon.jit
@@ -373,15 +298,13 @@ def _decode_kernel(
         )  # fmt: skip
         async_copy.commit_group()
         if MODE != 1:
-            _fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
+            fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
             async_copy.commit_group()
 
         # Queries as a B operand [D, N] with the powers of the code bits.
         p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
         q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
-        weight = pow2(-SCORE_EXP - 4 - exponent(o_k // 8)) * 16.0
-        weight = gl.where(o_k // 8 == 15, -0.5 * weight, weight)
-        q_code = (q * weight[:, None]).to(gl.bfloat16)
+        q_code = (q * query_weight(o_k)[:, None]).to(gl.bfloat16)
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
@@ -390,12 +313,7 @@ def _decode_kernel(
             low, high = _request_extremes(
                 p_low, p_high, first_item, end_item, o_h, m_c, NUM_HEADS, MMA
             )
-            width = high - low
-            some = width > 0
-            slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
-            # Not exactly 0: the masked scores are -inf and must stay so.
-            slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
-            top = low - tau_min + width * slope  # the largest calibrated score
+            slope, top = calibration(low, high, tau_min, tau_max)
             factor = factor * slope
             shift = P_EXP - high * slope * LOG2E
         low = gl.full([N], float("inf"), gl.float32, COLUMN)
@@ -506,7 +424,7 @@ def _decode_kernel(
                 acc += out * (v_scale * v_weight)[:, None]
                 acc += v_low[:, None] * total[None, :]
                 if more:
-                    _fetch(ring.index(k_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
+                    fetch(ring.index(k_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
                 async_copy.commit_group()
                 v_stage = k_stage
             k_stage = k_next

@@ -25,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from .gluon_compat import async_load
 from .tables import TAG_SHIFT
 
 TAG = gl.constexpr(TAG_SHIFT)
@@ -327,3 +328,99 @@ def last_block_bias(qs, bias, LEVELS: gl.constexpr, A: gl.constexpr, B: gl.const
     ones = gl.where(o_k >= 8, -1.0 * LEVELS, 0.0).to(gl.bfloat16)
     rows, _ = gl.broadcast(ones[None, :], gl.zeros([16, 16], gl.bfloat16, A))
     return mma_v2(rows, x, bias)
+
+
+@gluon.jit
+def load_tile(page, offset: gl.constexpr, WORDS: gl.constexpr):
+    """WORDS words of each lane, consecutive in shared memory: int32 [32, WORDS]."""
+    L: gl.constexpr = gl.BlockedLayout([WORDS], [32], [1], [0])
+    return page.slice(offset, 32 * WORDS).load(L).reshape([32, WORDS])
+
+
+@gluon.jit
+def fetch(to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexpr,
+           RANGES: gl.constexpr):  # fmt: skip
+    """Start to copy K (or V) codes and ranges of a page's KV head into 8 D words of the ring."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    o = gl.arange(0, 8 * D, L)
+    o = gl.where(o < CODES, VALUES * CODES + o, RANGES + VALUES * D + (o - CODES) % D)
+    o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
+    async_load(to, p_page + o)
+
+
+@gluon.jit
+def load_group(
+    page, D: gl.constexpr, BITS: gl.constexpr, FIRST: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """Words of COUNT sub-slots: for each, for each bit, int32 [8 rows, 4 columns, 2 token groups].
+
+    Bit i of a half-word is plane block i.  With 64 channels a word holds two sets of 8 plane blocks
+    (two token groups, or two bits): the upper set is shifted down.
+    """
+    out = ()
+    start: gl.constexpr = FIRST * (BITS * D // 2)
+    if D == 128 and BITS == 1:
+        gl.static_assert(FIRST % 2 == 0 and COUNT % 2 == 0)
+        for t in gl.static_range(COUNT // 2):
+            w = load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
+            w0, w1 = w.split()
+            out = out + ((w0,), (w1,))
+    elif D == 128 and BITS == 2:
+        for t in gl.static_range(COUNT):
+            w0, w1 = load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).split()
+            out = out + ((w0, w1),)
+    elif D == 128:
+        gl.static_assert(BITS == 4)
+        for t in gl.static_range(COUNT):
+            even, odd = load_tile(page, start + t * 256, 8).reshape([8, 4, 2, 2, 2]).split()
+            w0, w2 = even.split()
+            w1, w3 = odd.split()
+            out = out + ((w0, w1, w2, w3),)
+    elif BITS == 1:
+        gl.static_assert(D == 64 and FIRST % 4 == 0)
+        if COUNT == 4:
+            even, odd = load_tile(page, start, 4).reshape([8, 4, 2, 2]).split()
+            w0, w2 = even.split()
+            w1, w3 = odd.split()
+            out = out + (
+                (gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),),
+                (gl.join(w2, w2 >> 8),), (gl.join(w3, w3 >> 8),),
+            )  # fmt: skip
+        else:
+            gl.static_assert(COUNT == 2)
+            w0, w1 = load_tile(page, start, 2).reshape([8, 4, 2]).split()
+            out = out + ((gl.join(w0, w0 >> 8),), (gl.join(w1, w1 >> 8),))
+    elif BITS == 2:
+        gl.static_assert(FIRST % 2 == 0)
+        for t in gl.static_range(COUNT // 2):
+            w = load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).permute((0, 1, 3, 2))
+            w0, w1 = w.split()
+            out = out + ((w0, w0 >> 8), (w1, w1 >> 8))
+        if COUNT % 2 == 1:
+            w0 = load_tile(page, start + (COUNT // 2) * 128, 2).reshape([8, 4, 2])
+            out = out + ((w0, w0 >> 8),)
+    else:
+        gl.static_assert(BITS == 4)
+        for t in gl.static_range(COUNT):
+            w0, w2 = load_tile(page, start + t * 128, 4).reshape([8, 4, 2, 2]).split()
+            out = out + ((w0, w0 >> 8, w2, w2 >> 8),)
+    return out
+
+
+@gluon.jit
+def query_weight(o_k):
+    """What channels of the query are multiplied by, so that the powers of the code bits cancel."""
+    weight = pow2(-SCORE_EXP - 4 - exponent(o_k // 8)) * 16.0
+    return gl.where(o_k // 8 == 15, -0.5 * weight, weight)
+
+
+@gluon.jit
+def calibration(low, high, tau_min, tau_max):
+    """Slope of the calibrated scores between the extremes of a request, and the largest of them."""
+    width = high - low
+    some = width > 0
+    slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
+    # Not exactly 0: the masked scores are -inf and must stay so.
+    slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
+    return slope, low - tau_min + width * slope

@@ -17,14 +17,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .decode_gluon import _fetch, _load_group
 from .fragments import (
     LOG2E,
     PAGE_MASK,
-    SCORE_EXP,
     TAG,
     bit,
+    calibration,
     exponent,
+    fetch,
     fold_max,
     fold_min,
     fold_sum,
@@ -33,9 +33,11 @@ from .fragments import (
     group_size,
     inside,
     last_block_bias,
+    load_group,
     multiply,
     num_groups,
     pow2,
+    query_weight,
     transpose_8x8,
     value_operand,
 )
@@ -110,8 +112,7 @@ def _prefill_kernel(
     p_qi += (i_head * GROUP + o_n % GROUP) * stride_qh
     m_n = (o_n < num_rows)[None, :]
     q = gl.load(p_qi[None, :] + o_k[:, None], mask=m_n, other=0.0).to(gl.bfloat16)
-    weight = pow2(-SCORE_EXP - 4 - exponent(o_k // 8)) * 16.0
-    weight = gl.where(o_k // 8 == 15, -0.5 * weight, weight).to(gl.bfloat16)[:, None]
+    weight = query_weight(o_k).to(gl.bfloat16)[:, None]
 
     o_c = first_row + gl.arange(0, _N, COLUMN)
     m_c = o_c < num_rows
@@ -130,12 +131,7 @@ def _prefill_kernel(
             at = i_other * stride_ls + at_lse
             low = gl.minimum(low, gl.load(p_low + at, mask=m_c, other=0.0))
             high = gl.maximum(high, gl.load(p_high + at, mask=m_c, other=0.0))
-        width = high - low
-        some = width > 0
-        slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
-        # Not exactly 0: the masked scores are -inf and must stay so.
-        slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)
-        calibrated = low - tau_min + width * slope  # the largest calibrated score
+        slope, calibrated = calibration(low, high, tau_min, tau_max)
         factor = factor * slope
         shift = _P_EXP - high * slope * LOG2E
     m_i = gl.full([_N], -1e30, gl.float32, COLUMN)
@@ -154,9 +150,9 @@ def _prefill_kernel(
     base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
     stage = 0
     if run_begin < run_end:
-        _fetch(ring.index(0), p_words + base // 2, 0, D, CODES, RANGES)
+        fetch(ring.index(0), p_words + base // 2, 0, D, CODES, RANGES)
         if MODE != 1:
-            _fetch(ring.index(1), p_words + base // 2, 1, D, CODES, RANGES)
+            fetch(ring.index(1), p_words + base // 2, 1, D, CODES, RANGES)
     async_copy.commit_group()
     for i_run in range(run_begin, run_end):
         end_slot = last_slot + 1
@@ -166,9 +162,9 @@ def _prefill_kernel(
             first = gl.load(p_run + i_run * 2 + 2)
             last_slot = gl.load(p_run + i_run * 2 + 3)
             base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
-            _fetch(ring.index(2 - stage), p_words + base // 2, 0, D, CODES, RANGES)
+            fetch(ring.index(2 - stage), p_words + base // 2, 0, D, CODES, RANGES)
             if MODE != 1:
-                _fetch(ring.index(3 - stage), p_words + base // 2, 1, D, CODES, RANGES)
+                fetch(ring.index(3 - stage), p_words + base // 2, 1, D, CODES, RANGES)
         async_copy.commit_group()
         async_copy.wait_group(1)
         keys = ring.index(stage)
@@ -192,7 +188,7 @@ def _prefill_kernel(
             total = gl.zeros([16, _N], gl.float32, MMA)
         for g in gl.static_range(num_groups(SLOTS, SLOTS, 0)):
             s = group_scores(
-                _load_group(
+                load_group(
                     keys, D, BITS, group_first(SLOTS, SLOTS, 0, g), group_size(SLOTS, SLOTS, 0, g)
                 ),
                 qs, bias, group_size(SLOTS, SLOTS, 0, g), BITS, MMA, A, D,
@@ -222,7 +218,7 @@ def _prefill_kernel(
                     shift = _P_EXP - m_i
                 p, b = _probabilities(s, factor, shift, B)
                 total += fold_sum(p, MMA)
-                words = _load_group(
+                words = load_group(
                     values, D, BITS, group_first(SLOTS, SLOTS, 0, g), group_size(SLOTS, SLOTS, 0, g)
                 )
                 for i_bit in gl.static_range(BITS):

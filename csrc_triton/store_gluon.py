@@ -24,10 +24,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from .fragments import PAGE_MASK
 from .gluon_compat import async_load
-from .tables import TAG_SHIFT
 
-_PAGE_MASK = gl.constexpr((1 << TAG_SHIFT) - 1)
 _ROUND = gl.constexpr(12582912.0)
 
 
@@ -335,7 +334,7 @@ def _store_text(
     o_r = i_tile * BR + gl.arange(0, BR, gl.SliceLayout(1, L))
     o_w = gl.arange(0, W, gl.SliceLayout(0, L))[None, :]
     slot = gl.load(p_slot_mapping + o_r, mask=o_r < num_tokens, other=-1).to(gl.int32)
-    text = (slot >= 0) & ((slot >> 4) <= _PAGE_MASK)
+    text = (slot >= 0) & ((slot >> 4) <= PAGE_MASK)
     if gl.max(text.to(gl.int32), 0) > 0:
         p_slot = p_words + (slot >> 4).to(gl.int64) * stride_page + (slot & 15) * (2 * W)
         p_k = p_key + o_r.to(gl.int64)[:, None] * stride_kt + o_w

@@ -110,34 +110,27 @@ class Recorder(WatchedLayer):
     """Watches one layer and compares its codes with what they stand for."""
 
     def __init__(self, layer: Any) -> None:
-        super().__init__(layer, None)
+        super().__init__(layer)
         self.recording = True
         self.damage: Damage | None = None
 
-    def forward(
+    def watch(
         self,
-        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
         output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attention of a step; the first step with visual pages is looked at."""
-        result = self.original_forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )
-        if self.recording and attn_metadata is not None:
-            n = len(self.slot_mapping)
-            blocks = self.slot_mapping // BLOCK_SIZE
-            if is_visual(blocks).any():
-                self.recording = False
-                exact = output.view(-1, query.shape[1], value.shape[2])[:n]
-                self.damage = self._compare(query[:n], key[:n], value[:n], kv_cache, exact, blocks)
-        return result
+    ) -> None:
+        """Compare in the first step with visual pages."""
+        if not self.recording:
+            return
+        n = len(self.slot_mapping)
+        blocks = self.slot_mapping // BLOCK_SIZE
+        if is_visual(blocks).any():
+            self.recording = False
+            exact = output.view(-1, query.shape[1], value.shape[2])[:n]
+            self.damage = self._compare(query[:n], key[:n], value[:n], kv_cache, exact, blocks)
 
     def _compare(
         self,

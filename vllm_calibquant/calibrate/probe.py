@@ -77,14 +77,11 @@ class Score:
 
 
 class WatchedLayer:
-    """Stands in for the methods of one attention layer's implementation."""
+    """Stands in for the methods of one attention layer's implementation, and looks at its steps."""
 
-    def __init__(self, layer: Any, output_weight: torch.Tensor | None) -> None:
-        impl = layer.impl
-        self.impl, self.output_weight = impl, output_weight
-        self.mode: Mode = "exact"
+    def __init__(self, layer: Any) -> None:
+        impl = self.impl = layer.impl
         self.slot_mapping = torch.empty(0, dtype=torch.int64)
-        self.moments: Moments | None = None
         self.original_update, self.original_forward = impl.do_kv_cache_update, impl.forward
         impl.do_kv_cache_update, impl.forward = self.update, self.forward
 
@@ -112,17 +109,51 @@ class WatchedLayer:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attention of a step, then what the mode asks for."""
+        """Attention of a step, and then :meth:`watch`, except in a dummy step."""
         result = self.original_forward(
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
-        if self.mode == "exact" or attn_metadata is None:
-            return result
+        if attn_metadata is not None:
+            self.watch(query, key, value, kv_cache, output)
+        return result
+
+    def watch(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Look at a step after its attention; ``output`` may be changed."""
+        raise NotImplementedError
+
+
+class ProbedLayer(WatchedLayer):
+    """Collects moments, or reads the step's own codes, as its mode asks."""
+
+    def __init__(self, layer: Any, output_weight: torch.Tensor | None) -> None:
+        super().__init__(layer)
+        self.output_weight = output_weight
+        self.mode: Mode = "exact"
+        self.moments: Moments | None = None
+
+    def watch(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """What the mode asks for."""
+        if self.mode == "exact":
+            return
         slots = self.slot_mapping[self.slot_mapping >= 0]  # padding comes last
         n, blocks = len(slots), slots // BLOCK_SIZE
         coded = is_visual(blocks)
         if not coded.any():
-            return result
+            return
         behind = int(coded.nonzero().max()) + 1
         query, key, value = query[behind:n], key[:n], value[:n]
         if self.mode == "moments":
@@ -130,7 +161,7 @@ class WatchedLayer:
             if self.moments is None:
                 self.moments = Moments.zeros(key.shape[1], key.shape[2], key.device)
             self.moments.add(query, key, value, pages, self.output_weight, self.impl.scale)
-            return result
+            return
         codec: Codec = self.impl.codec
         pages, index = torch.unique(page_of(blocks[coded]), return_inverse=True)
         used = torch.zeros(len(pages), codec.page_format.tokens, dtype=torch.bool)
@@ -150,12 +181,11 @@ class WatchedLayer:
             basis=codec.basis,
         )
         output.view(-1, *attended.shape[1:])[behind:n] = attended.to(output.dtype)
-        return result
 
 
 @dataclass
 class _Watched:
-    layers: dict[int, WatchedLayer] = field(default_factory=dict)
+    layers: dict[int, ProbedLayer] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
     logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -215,7 +245,7 @@ class Probe:
             if isinstance(module, Attention) and isinstance(module.impl, MixedLayer):
                 weight = output_weight(modules[name.rpartition(".")[0]], module)
                 index = extract_layer_index(module.layer_name)
-                self.watched.layers[index] = WatchedLayer(module, weight)
+                self.watched.layers[index] = ProbedLayer(module, weight)
 
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
             self.watched.hidden = output[0] if isinstance(output, tuple) else output

@@ -85,6 +85,7 @@ def decode_attention(
     scale: float,
     calibration: tuple[float, float] | None = None,
     text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    text_stream: torch.cuda.Stream | None = None,
     lse: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> None:
@@ -115,6 +116,9 @@ def decode_attention(
     text
         Output ``[num_requests, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_requests]``, natural
         logarithm, -inf or +inf for no keys) of the text part; None if there is none.
+    text_stream
+        The stream on which the text part is being computed, if it is another one: the merge waits
+        for it, the visual pages do not.
     lse
         float32 ``[Hq, num_requests]``, written if given: the log-sum-exp of everything in ``out``.
     kernel
@@ -137,9 +141,12 @@ def decode_attention(
     use_gluon = kernel != "triton" and gluon_serves(fmt, group, query.device)
     if kernel == "gluon" and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
-    pdl = dependent_launch(query.device)
     split = _split_gluon if use_gluon else _split_triton
     split(tables, scratch, fmt, query, kv_cache, scale, calibration)
+    # A launch that waits for two others starts when both have ended.
+    pdl = use_gluon and text_stream is None and dependent_launch(query.device)
+    if text_stream is not None:
+        torch.cuda.current_stream().wait_stream(text_stream)
     has_text = text is not None
     text_out, text_lse = text if text is not None else (query, scratch.lse)
     out_lse = scratch.lse if lse is None else lse
@@ -148,8 +155,8 @@ def decode_attention(
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, BI=16, PDL=use_gluon and pdl, num_warps=2,
-        **({"launch_pdl": True} if use_gluon and pdl else {}),
+        HAS_LSE=lse is not None, BI=16, PDL=pdl, num_warps=2,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

@@ -93,6 +93,8 @@ class Step:
 
     prefills: bool = True
     """Whether a request has more than one new token: others cannot fill a visual page."""
+    stock: bool = False
+    """Whether no request of the step has a visual page, and no graph is captured."""
 
 
 @dataclass
@@ -140,12 +142,14 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             device=device,
         )
         scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim)
+        text_stream = torch.cuda.Stream(device)
         self.step = Step()
         bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
             layer.impl.tables = self.tables
             layer.impl.scratch = scratch
+            layer.impl.text_stream = text_stream
             layer.impl.step = self.step
 
     def build_for_cudagraph_capture(
@@ -172,6 +176,9 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             common, decode_threshold=1
         )
         self.step.prefills = num_prefills > 0
+        self.step.stock = not visual
+        if num_prefills and not visual:
+            return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         tables = self.tables
         kernels.build_tables(
             tables,
@@ -181,8 +188,6 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             common.slot_mapping,
             num_decodes=num_decodes,
         )
-        if num_prefills and not visual:
-            return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         # FlashAttention sees the decodes only, and of them the text only.
         decodes = replace(
             common,
@@ -232,6 +237,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     tables: kernels.StepTables
     """Tables of the step; the metadata builder puts its own here."""
     scratch: kernels.DecodeScratch
+    text_stream: torch.cuda.Stream
+    """Where graphs have the text's part of a decode step."""
     step: Step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -268,6 +275,9 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write the tokens of a step: text as it is, visual tokens as codes."""
+        if self.step.stock:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
         n = slot_mapping.shape[0]
         key, value = key[:n], value[:n]
         basis = self.codec.basis
@@ -327,22 +337,28 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         n = metadata.num_actual_tokens
         query, output = query[:n], output[:n]
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        text, text_lse = flash_attn_varlen_func(
-            q=query,
-            k=key_cache,
-            v=value_cache,
-            cu_seqlens_q=metadata.query_start_loc,
-            max_seqlen_q=1,
-            seqused_k=metadata.seq_lens,
-            max_seqlen_k=metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=True,
-            block_table=metadata.block_table,
-            scheduler_metadata=metadata.scheduler_metadata,
-            num_splits=metadata.max_num_splits,
-            return_softmax_lse=True,
-            fa_version=self.vllm_flash_attn_version,
-        )
+        # In a graph the text is a branch beside the codes; launched one by one, that would cost
+        # the host more than the device gains.
+        text_stream = self.text_stream if torch.cuda.is_current_stream_capturing() else None
+        if text_stream is not None:
+            text_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(text_stream):
+            text, text_lse = flash_attn_varlen_func(
+                q=query,
+                k=key_cache,
+                v=value_cache,
+                cu_seqlens_q=metadata.query_start_loc,
+                max_seqlen_q=1,
+                seqused_k=metadata.seq_lens,
+                max_seqlen_k=metadata.max_seq_len,
+                softmax_scale=self.scale,
+                causal=True,
+                block_table=metadata.block_table,
+                scheduler_metadata=metadata.scheduler_metadata,
+                num_splits=metadata.max_num_splits,
+                return_softmax_lse=True,
+                fa_version=self.vllm_flash_attn_version,
+            )
         basis = self.codec.basis
         if basis is None:
             kernels.decode_attention(
@@ -355,6 +371,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 scale=self.scale,
                 calibration=self.calibration,
                 text=(text, text_lse),
+                text_stream=text_stream,
             )
             return
         turned, shift = basis.query(query)
@@ -372,6 +389,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             lse=lse,
         )
         lse = lse + self.scale * shift.T
+        if text_stream is not None:
+            torch.cuda.current_stream().wait_stream(text_stream)
         kernels.merge_parts(output, [(text, text_lse), (basis.output(codes), lse)])
 
     def _prefill(

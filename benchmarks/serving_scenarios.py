@@ -372,11 +372,13 @@ def long_context(context: Context) -> Iterator[dict[str, Any]]:
     """Decoding of requests with several images each, planted, as many as fit."""
     plan = context.plan
     visual = plan.long_images * context.picture.visual_tokens
+    # What is planted covers all images: none must be encoded, which would let in two a step.
+    after = AFTER + max(context.engine.block_sizes)
     yield decode_cell(
         context,
         plan.long_budget,
         plan.long_outputs,
-        lambda outputs: context.image_request(outputs, plan.long_images),
+        lambda outputs: context.image_request(outputs, plan.long_images, after=after),
         visual_tokens=visual,
     )
 

@@ -29,10 +29,7 @@ def environment() -> dict[str, Any]:
             continue
     device, driver = platform.processor() or platform.machine(), None
     if torch.cuda.is_available():
-        # Not through PyTorch, which would take memory of the device for its context.
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        device, _, driver = (found.splitlines() or [device])[0].partition(", ")
+        device, driver = next(iter(_nvidia_smi("name", "driver_version")), [device, None])
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(
@@ -43,6 +40,22 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def gpu_names() -> dict[str, str]:
+    """Names of this host's NVIDIA GPUs by index."""
+    return dict(_nvidia_smi("index", "name"))
+
+
+def _nvidia_smi(*columns: str) -> list[list[str]]:
+    """Rows of what it says; PyTorch would take memory of the device for its context."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(columns)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return []
+    rows = [line.split(", ") for line in found.splitlines()]
+    return [row for row in rows if len(row) == len(columns)]
 
 
 def write_record(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:

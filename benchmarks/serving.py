@@ -2,8 +2,9 @@
 
 Each (model, KV cache dtype) gets an engine of its own, which serves all scenarios of
 :mod:`benchmarks.serving_scenarios`; ``http`` starts a ``vllm serve`` instead and drives it with
-``vllm bench serve``.  A record is rewritten after every cell, so that a run that is cut off keeps
-what it had; ``python -m benchmarks.report`` makes the tables and plots of the README from records,
+``vllm bench serve``.  With ``--devices 0,1`` each of these GPUs takes the next engine of the list
+when it is free.  A record is rewritten after every cell, so that a run that is cut off keeps what
+it had; ``python -m benchmarks.report`` makes the tables and plots of the README from records,
 ``--summary`` prints the newest record's ratios.
 
 ``--dry-run`` runs every scenario on the CPU with a model of two layers, in about a minute.
@@ -21,11 +22,15 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import environment, record_path, save_record
+from benchmarks import serving_http
+from benchmarks.records import environment, gpu_names, record_path, save_record
 
 DTYPES = (
     "auto",
@@ -75,6 +80,7 @@ DRY_ENGINE = {
     "enforce_eager": True,
 }
 READY, GO = "ready", "go\n"
+PINNED = "CUDA_VISIBLE_DEVICES"
 
 
 def child(job: dict[str, Any]) -> None:
@@ -145,10 +151,10 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class Child:
+class Engine:
     """An engine process; it starts at once and touches the device when told to go."""
 
-    def __init__(self, job: dict[str, Any], folder: Path) -> None:
+    def __init__(self, job: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
         self.job = job
         stem = f"{job['model']}-{job['dtype']}"
         self.cells_path = folder / f"{stem}.jsonl"
@@ -163,17 +169,30 @@ class Child:
             stderr=subprocess.STDOUT if self.log else None,
             text=True,
             start_new_session=True,
+            env=env,
         )
         self._read = 0
 
-    def go(self) -> None:
-        """Let it use the device."""
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Cells and events, to its end or to its limit."""
         assert self.process.stdin is not None
         self.process.stdin.write(GO)
         self.process.stdin.flush()
+        begin = time.monotonic()
+        ended = False
+        while not ended:
+            ended = self.process.poll() is not None
+            late = time.monotonic() - begin > self.job["limit_s"]
+            yield from (cell for cell in self._new_cells() if cell.get("event") != READY)
+            if late and not ended:
+                yield {"event": "cut off by --engine-limit"}
+                return
+            if not ended:
+                time.sleep(0.2)
+        if self.process.returncode:
+            yield {"event": f"exit status {self.process.returncode}"}
 
-    def new_cells(self) -> list[dict[str, Any]]:
-        """What it wrote since the last call."""
+    def _new_cells(self) -> list[dict[str, Any]]:
         if not self.cells_path.exists():
             return []
         text = self.cells_path.read_text(encoding="utf-8")
@@ -190,110 +209,139 @@ class Child:
             self.log.close()
 
 
+class HttpServer:
+    """A ``vllm serve`` and its client; the client starts at once, the server when it may."""
+
+    def __init__(self, job: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
+        from benchmarks.models import make_model
+
+        self.job, self.env = job, env
+        stem = f"http-{job['model']}-{job['dtype']}"
+        self.directory = make_model(job["model"], folder / stem)
+        logs = Path(job["log_dir"] or self.directory)
+        self.log = logs / f"{stem}.log"
+        self.client = serving_http.Client(logs / f"{stem}-client.log")
+        self.server: serving_http.Server | None = None
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Cells, to its end or to its limit."""
+        job = self.job
+        self.server = serving_http.Server(
+            self.directory, job["dtype"], job["arguments"], self.log, self.env
+        )
+        load = serving_http.DRY_LOAD if job["dry_run"] else serving_http.Load()
+        begin = time.monotonic()
+        try:
+            for cell in serving_http.measure(
+                self.server, self.client, self.directory, job["model"], load
+            ):
+                yield {"scenario": "http", **cell}
+                if time.monotonic() - begin > job["limit_s"]:
+                    yield {"event": "cut off by --engine-limit"}
+                    return
+        except (RuntimeError, OSError) as error:
+            yield {"scenario": "http", "error": str(error)}
+
+    def stop(self) -> None:
+        """End both."""
+        self.client.stop()
+        if self.server is not None:
+            self.server.stop()
+
+
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One job for each engine, in order."""
-    settings = {**(DRY_ENGINE if args.dry_run else ENGINE), **args.settings}
-    scenarios = [s for s in IN_PROCESS if s in args.scenarios]
-    pool = args.pool_gb or (0.02 if args.dry_run else 20.5)
+    """One job for each engine, in order; those behind HTTP last."""
+    every = {
+        "settings": {**(DRY_ENGINE if args.dry_run else ENGINE), **args.settings},
+        "plan": args.plan,
+        "pool_bytes": int((args.pool_gb or (0.02 if args.dry_run else 20.5)) * 1e9),
+        "arguments": [
+            *(serving_http.DRY_ARGUMENTS if args.dry_run else serving_http.ARGUMENTS),
+            *serving_http.ONE_IMAGE,
+        ],
+        "dry_run": args.dry_run,
+        "limit_s": args.engine_limit,
+        "scenario_limit_s": args.limit,
+        "log_dir": str(args.log_dir) if args.log_dir else None,
+    }
     return [
-        {
-            "model": model,
-            "dtype": dtype,
-            "scenarios": scenarios,
-            "settings": settings,
-            "plan": args.plan,
-            "pool_bytes": int(pool * 1e9),
-            "dry_run": args.dry_run,
-            "scenario_limit_s": args.limit,
-            "log_dir": str(args.log_dir) if args.log_dir else None,
-        }
+        {"model": model, "dtype": dtype, "scenarios": scenarios, **every}
+        for scenarios in ([s for s in IN_PROCESS if s in args.scenarios], ["http"])
         for model in args.models
         for dtype in args.dtypes
-        if scenarios
+        if scenarios and set(scenarios) <= set(args.scenarios)
     ]
 
 
-def run_jobs(args: argparse.Namespace, record: dict[str, Any], path: Path) -> None:
-    """Run engines one after the other; the record is saved after each cell."""
-    todo = jobs(args)
-    if not todo:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        children: list[Child] = []
+@dataclass
+class Benchmark:
+    """Jobs, the GPUs that share them, and the record that all of them add to."""
+
+    todo: deque[dict[str, Any]]
+    devices: list[str | None]
+    """Values of ``CUDA_VISIBLE_DEVICES``; None for what there is."""
+    record: dict[str, Any]
+    path: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _started: list[Engine | HttpServer] = field(default_factory=list)
+    _errors: list[BaseException] = field(default_factory=list)
+
+    def run(self) -> None:
+        """All jobs, each on the first device that is free for it."""
+        with tempfile.TemporaryDirectory() as folder:
+            workers = [
+                threading.Thread(target=self._work, args=(device, Path(folder)), daemon=True)
+                for device in self.devices
+            ]
+            try:
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+            finally:
+                with self._lock:  # nothing is started from here on
+                    self.todo.clear()
+                    for one in self._started:
+                        one.stop()
+        if self._errors:
+            raise self._errors[0]
+
+    def _work(self, device: str | None, folder: Path) -> None:
         try:
-            children.append(Child(todo[0], Path(folder)))
-            for number in range(len(todo)):
-                # The next one gets ready while this one starts, before anything is measured.
-                if number + 1 < len(todo):
-                    children.append(Child(todo[number + 1], Path(folder)))
-                run_child(children[number], record, path, args.engine_limit)
-        finally:
-            for one in children:
-                one.stop()
-
-
-def run_child(one: Child, record: dict[str, Any], path: Path, limit_s: float) -> None:
-    """Run one engine to its end or to its limit."""
-    job = one.job
-    base = {"model": job["model"], "dtype": job["dtype"]}
-    one.go()
-    begin = time.monotonic()
-    ended = False
-    while not ended:
-        ended = one.process.poll() is not None
-        late = time.monotonic() - begin > limit_s
-        for cell in one.new_cells():
-            if cell.get("event") == READY:
-                continue
-            record["cells" if "scenario" in cell else "engines"].append({**base, **cell})
-            save_record(path, record)
-            print(describe({**base, **cell}), flush=True)
-        if late and not ended:
-            record["engines"].append({**base, "event": "cut off by --engine-limit"})
-            break
-        if not ended:
-            time.sleep(0.2)
-    if ended and one.process.returncode:
-        record["engines"].append({**base, "event": f"exit status {one.process.returncode}"})
-    one.stop()
-    save_record(path, record)
-
-
-HTTP_ARGUMENTS = ["--max-model-len", "32768", "--kv-cache-memory-bytes", str(20 * 10**9)]
-DRY_HTTP_ARGUMENTS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-DRY_HTTP_ARGUMENTS += ["--enforce-eager", "--max-num-seqs", "8"]
-
-
-def run_http(args: argparse.Namespace, record: dict[str, Any], path: Path) -> None:
-    """One server for each (model, KV cache dtype)."""
-    from benchmarks import serving_http
-    from benchmarks.models import make_model
-
-    load = serving_http.DRY_LOAD if args.dry_run else serving_http.Load()
-    arguments = DRY_HTTP_ARGUMENTS if args.dry_run else HTTP_ARGUMENTS
-    arguments = [*arguments, "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
-    record["http_arguments"] = arguments
-    for model in args.models:
-        for dtype in args.dtypes:
-            with tempfile.TemporaryDirectory() as folder:
-                directory = make_model(model, folder)
-                log = (args.log_dir or directory) / f"http-{model}-{dtype}.log"
-                base = {"model": model, "dtype": dtype, "scenario": "http"}
-                begin = time.monotonic()
-                cells = serving_http.measure(directory, dtype, arguments, load, log)
-                try:
+            current = self._start(device, folder)
+            while current is not None:
+                # The next one gets ready while this one starts, before anything is measured,
+                # unless another device could be free for it first.
+                ahead = self._start(device, folder, at_least=len(self.devices))
+                with closing(current.run()) as cells:
                     for cell in cells:
-                        record["cells"].append({**base, **cell})
-                        save_record(path, record)
-                        print(describe({**base, **cell}), flush=True)
-                        if time.monotonic() - begin > args.engine_limit:
-                            break
-                except RuntimeError as error:
-                    record["cells"].append({**base, "error": str(error)})
-                    print(describe(record["cells"][-1]), flush=True)
-                finally:
-                    cells.close()
-    save_record(path, record)
+                        self._note(current.job, device, cell)
+                current.stop()
+                current = ahead or self._start(device, folder)
+        except BaseException as error:  # the main thread raises it
+            self._errors.append(error)
+
+    def _start(
+        self, device: str | None, folder: Path, at_least: int = 1
+    ) -> Engine | HttpServer | None:
+        with self._lock:
+            if len(self.todo) < at_least:
+                return None
+            job = self.todo.popleft()
+            env = dict(os.environ) if device is None else {**os.environ, PINNED: device}
+            kind = HttpServer if job["scenarios"] == ["http"] else Engine
+            one = kind(job, folder, env)
+            self._started.append(one)
+            return one
+
+    def _note(self, job: dict[str, Any], device: str | None, cell: dict[str, Any]) -> None:
+        cell = {"model": job["model"], "dtype": job["dtype"], **cell}
+        if device is not None:
+            cell["gpu"] = device
+        with self._lock:
+            self.record["cells" if "scenario" in cell else "engines"].append(cell)
+            save_record(self.path, self.record)
+            print(describe(cell), flush=True)
 
 
 def describe(cell: dict[str, Any]) -> str:
@@ -319,6 +367,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     parser.add_argument("--pool-gb", type=float, help="the engines' pool: the largest budget")
     parser.add_argument("--plan", type=json.loads, default={}, help="other numbers of the plan")
     parser.add_argument("--settings", type=json.loads, default={}, help="further engine arguments")
+    parser.add_argument("--devices", type=words, help="GPUs that share the engines, as 0,1")
     parser.add_argument("--run", help="name that joins records of one run on several devices")
     parser.add_argument("--out", type=Path, help="folder of the record")
     parser.add_argument("--log-dir", type=Path, help="folder of the engines' logs")
@@ -335,31 +384,36 @@ def main(argv: list[str] | None = None) -> Path | None:
         print_summary()
         return None
     unknown = [s for s in args.scenarios if s not in SCENARIOS]
-    if unknown:
+    if unknown or not args.scenarios:
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     args.models = args.models or [DRY_MODEL if args.dry_run else "internvl3-8b"]
     args.dtypes = args.dtypes or [*(DRY_DTYPES if args.dry_run else DTYPES)]
     if args.budgets:
         args.plan = {"budgets": [float(b) for b in args.budgets], **args.plan}
+    names = {device: gpu_names().get(device) for device in args.devices or ()}
+    if len(set(names.values())) > 1:
+        parser.error(f"--devices must be of one kind to be compared: {names}")
+    todo = jobs(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     record: dict[str, Any] = {
         **environment(),
         "run": args.run,
         "dry_run": args.dry_run,
-        "settings": {**(DRY_ENGINE if args.dry_run else ENGINE), **args.settings},
+        "gpus": args.devices,
+        "settings": todo[0]["settings"],
+        "http_arguments": todo[0]["arguments"],
         "engines": [],
         "cells": [],
     }
     record["run"] = args.run or record["date"]
+    record["device"] = next(filter(None, names.values()), record["device"])
     # Where results go is no part of what was measured.
     for folder in (args.out, args.log_dir):
         for option in ("--out", "--log-dir"):
             record["command"] = record["command"].replace(f" {option} {folder}", "")
     path = record_path("serving", record["date"], args.out)
     save_record(path, record)
-    run_jobs(args, record, path)
-    if "http" in args.scenarios:
-        run_http(args, record, path)
+    Benchmark(deque(todo), args.devices or [None], record, path).run()
     print(path)
     return path
 

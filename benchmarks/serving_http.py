@@ -1,15 +1,20 @@
-"""The scenario ``http`` of :mod:`benchmarks.serving`: ``vllm serve`` and ``vllm bench serve``.
+"""The scenario ``http`` of :mod:`benchmarks.serving`: ``vllm serve`` under ``vllm bench serve``.
 
-What must not become worse, through everything that a user has in between: HTTP server, tokenizer,
-image processor.  Engine settings are vLLM's defaults, torch.compile and all CUDA graphs included.
+What must not become worse, and what images gain, through everything that a user has in between:
+HTTP server, chat template, tokenizer, image processor.  Engine settings are vLLM's defaults,
+torch.compile and all CUDA graphs included.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import random
+import re
+import select
 import signal
 import socket
 import subprocess
@@ -20,7 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+ARGUMENTS = ["--max-model-len", "32768", "--kv-cache-memory-bytes", str(20 * 10**9)]
+DRY_ARGUMENTS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
+DRY_ARGUMENTS += ["--enforce-eager", "--max-num-seqs", "8"]
+ONE_IMAGE = ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
 
 
 class Load(NamedTuple):
@@ -31,26 +39,51 @@ class Load(NamedTuple):
     outputs: int = 128
     image_requests: int = 8
     tiles: tuple[int, int] = (4, 3)
+    images: int = 16
+    questions: int = 4
+    """On each of the images, in random order."""
+    question_letters: int = 48
+    answer: int = 32
+    concurrency: int = 8
     start_limit_s: float = 200
-    bench_limit_s: float = 120
+    bench_limit_s: float = 60
 
 
-DRY_LOAD = Load(requests=4, prompt=40, outputs=8, image_requests=2, tiles=(1, 1))
+DRY_LOAD = Load(
+    requests=4,
+    prompt=40,
+    outputs=8,
+    image_requests=2,
+    tiles=(1, 1),
+    images=2,
+    questions=3,
+    answer=4,
+    concurrency=2,
+)
 
 
 class Server:
     """``vllm serve`` on a free port."""
 
-    def __init__(self, directory: Path, dtype: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self, directory: Path, dtype: str, arguments: list[str], log: Path, env: dict[str, str]
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [*VLLM, "serve", str(directory), "--load-format", "dummy", "--port"]
-        command += [str(self.port), "--kv-cache-dtype", dtype, *arguments]
+        self.log = log
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
+        command += ["--load-format", "dummy", "--port", str(self.port)]
+        command += ["--kv-cache-dtype", dtype, *arguments]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env
             )
+
+    def get(self, path: str) -> str:
+        """Body of an answer."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            return answer.read().decode()
 
     def wait(self, seconds: float) -> None:
         """Until it answers.
@@ -63,26 +96,109 @@ class Server:
         end = time.monotonic() + seconds
         while True:
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+                self.get("/health")
                 return
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError("the server did not start")
             time.sleep(0.3)
 
+    def prefix_hits(self) -> tuple[float, float]:
+        """Prompt tokens found in the prefix cache, and looked for, since the start."""
+        text = self.get("/metrics")
+        hits, queries = (
+            sum(map(float, re.findall(rf"^vllm:prefix_cache_{name}_total\S* (\S+)$", text, re.M)))
+            for name in ("hits", "queries")
+        )
+        return hits, queries
+
+    def compiled_late(self) -> str:
+        """Kernels that vLLM's log says were compiled while a request waited."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        found = set(re.findall(r"JIT compilation during inference: (\w+)", text))
+        return ", ".join(sorted(found)) or "none"
+
     def stop(self) -> None:
         """End it, and whatever it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        _kill(self.process)
 
 
-def chats(path: Path, load: Load) -> None:
-    """A file in the format of ShareGPT, with its long-tailed lengths, of one token a letter."""
+class Client:
+    """``vllm bench serve`` in one process for all loads, whose imports overlap with a server's."""
+
+    def __init__(self, log: Path) -> None:
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.serving_http"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                start_new_session=True,
+            )
+
+    def run(self, arguments: list[str], result: Path, limit_s: float) -> dict[str, Any]:
+        """Result of one run.
+
+        Raises
+        ------
+        RuntimeError
+            If it fails or takes longer than ``limit_s``; then the client has ended.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        arguments = [*arguments, "--ignore-eos", "--disable-tqdm", "--save-result"]
+        arguments += ["--save-detailed", "--result-dir", str(result.parent)]
+        arguments += ["--result-filename", result.name]
+        arguments += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], limit_s)[0]:
+            self.stop()
+            raise RuntimeError(f"vllm bench serve took longer than {limit_s:g} s")
+        if self.process.stdout.readline() != DONE or not result.exists():
+            self.stop()
+            raise RuntimeError("vllm bench serve failed; its log says why")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    def stop(self) -> None:
+        """End it."""
+        _kill(self.process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+DONE = "done\n"
+
+
+def serve_loads() -> None:
+    """The client's process: what ``vllm bench serve`` does, for each line of standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is for the log
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    for line in sys.stdin:
+        main(parser.parse_args(json.loads(line)))
+        answers.write(DONE)
+        answers.flush()
+
+
+def letters(draw: random.Random, count: int) -> str:
+    """Text of as many tokens: the models of the benchmark have one for each byte."""
+    return "".join(draw.choice("abcdefghijklmnop ") for _ in range(count))
+
+
+def write_chats(path: Path, load: Load) -> None:
+    """A file in the format of ShareGPT, with its long-tailed lengths."""
     draw = random.Random(1)
 
     def text(median: float, most: int) -> str:
-        length = max(4, min(round(draw.lognormvariate(0, 1) * median), most))
-        return "".join(draw.choice("abcdefghijklmnop ") for _ in range(length))
+        return letters(draw, max(4, min(round(draw.lognormvariate(0, 1) * median), most)))
 
     turns = [
         {
@@ -96,73 +212,90 @@ def chats(path: Path, load: Load) -> None:
     path.write_text(json.dumps(turns), encoding="utf-8")
 
 
-def bench(server: Server, directory: Path, arguments: list[str], load: Load) -> dict[str, Any]:
-    """Run ``vllm bench serve``; returns its result."""
-    result = directory / "bench.json"
-    result.unlink(missing_ok=True)
-    command = [*VLLM, "bench", "serve", "--port", str(server.port), "--model", str(directory)]
-    command += ["--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
-    command += ["--result-dir", str(directory), "--result-filename", result.name]
-    command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
-    done = subprocess.run(
-        [*command, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=load.bench_limit_s,
-        check=False,
-    )
-    if done.returncode or not result.exists():
-        raise RuntimeError(f"vllm bench serve: {(done.stderr or done.stdout)[-400:]}")
-    return json.loads(result.read_text(encoding="utf-8"))
+def write_questions(path: Path, model: str, load: Load) -> None:
+    """Several questions on each of some images, mixed: all but an image's first can hit."""
+    from benchmarks.models import noise_image
+
+    draw = random.Random(2)
+    lines = []
+    for number in range(load.images):
+        file = io.BytesIO()
+        noise_image(model, number + 1, load.tiles).save(file, format="PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        for _ in range(load.questions):
+            question = {"type": "text", "text": letters(draw, load.question_letters)}
+            image = {"type": "image_url", "image_url": {"url": url}}
+            lines.append(json.dumps({"content": [image, question]}))
+    draw.shuffle(lines)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def loads(directory: Path, load: Load) -> Iterator[tuple[str, list[str]]]:
+def loads(directory: Path, model: str, load: Load) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each run."""
     count = ["--num-prompts", str(load.requests)]
     lengths = ["--random-input-len", str(load.prompt), "--random-output-len", str(load.outputs)]
     yield "text, fixed lengths", ["--dataset-name", "random", *lengths, *count]
     dataset = directory / "chats.json"
-    chats(dataset, load)
+    write_chats(dataset, load)
     yield (
         "text, chat lengths",
         ["--dataset-name", "sharegpt", "--dataset-path", str(dataset), *count],
     )
+    chat = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
     across, down = load.tiles
-    bucket = f"{{({down * 448}, {across * 448}, 1): 1.0}}"
-    image = ["--dataset-name", "random-mm", "--backend", "openai-chat"]
-    image += ["--endpoint", "/v1/chat/completions", "--max-concurrency", "1", "--num-warmups", "2"]
-    image += ["--random-mm-base-items-per-request", "1", "--random-mm-bucket-config", bucket]
+    image = ["--dataset-name", "random-mm", "--max-concurrency", "1"]
+    image += ["--random-mm-base-items-per-request", "1"]
+    image += ["--random-mm-bucket-config", f"{{({down * 448}, {across * 448}, 1): 1.0}}"]
     image += ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}']
     image += ["--random-input-len", "16", "--random-output-len", "16"]
-    yield "lone image request", [*image, "--num-prompts", str(load.image_requests)]
+    yield "lone image request", [*chat, *image, "--num-prompts", str(load.image_requests)]
+    dataset = directory / "questions.jsonl"
+    write_questions(dataset, model, load)
+    questions = ["--dataset-name", "custom_image", "--dataset-path", str(dataset)]
+    questions += ["--disable-shuffle", "--enable-multimodal-chat"]
+    questions += ["--custom-output-len", str(load.answer)]
+    questions += ["--max-concurrency", str(load.concurrency)]
+    questions += ["--num-prompts", str(load.images * load.questions)]
+    yield "questions on images", [*chat, *questions]
 
 
 def measure(
-    directory: Path, dtype: str, arguments: list[str], load: Load, log: Path
+    server: Server, client: Client, directory: Path, model: str, load: Load
 ) -> Iterator[dict[str, Any]]:
-    """Cells of one KV cache dtype."""
+    """Cells of one server, which may still be starting.
+
+    Raises
+    ------
+    RuntimeError
+        If the server does not start or a run fails.
+    """
     begin = time.perf_counter()
-    server = Server(directory, dtype, arguments, log)
-    try:
-        server.wait(load.start_limit_s)
-        yield {"what": "start", "seconds": round(time.perf_counter() - begin, 1)}
-        for what, options in loads(directory, load):
-            begin = time.perf_counter()
-            try:
-                result = bench(server, directory, options, load)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                yield {"what": what, "error": str(error)[-500:]}
-                continue
-            yield {
-                "what": what,
-                "requests": result["completed"],
-                "output_tokens_per_s": round(result["output_throughput"], 1),
-                "first_token_ms_median": round(result["median_ttft_ms"], 2),
-                "first_token_ms_p99": round(result["p99_ttft_ms"], 2),
-                "inter_token_ms_median": round(result["median_itl_ms"], 3),
-                "inter_token_ms_p99": round(result["p99_itl_ms"], 3),
-                "first_token_ms": [round(1e3 * t, 2) for t in result["ttfts"]],
-                "cell_s": round(time.perf_counter() - begin, 1),
-            }
-    finally:
-        server.stop()
+    prepared = list(loads(directory, model, load))
+    server.wait(load.start_limit_s)
+    yield {"what": "start", "seconds": round(time.perf_counter() - begin, 1)}
+    for number, (what, options) in enumerate(prepared):
+        begin = time.perf_counter()
+        hits, queries = server.prefix_hits()
+        address = ["--port", str(server.port), "--model", str(directory)]
+        path = directory / f"bench-{number}.json"
+        result = client.run([*address, *options], path, load.bench_limit_s)
+        new_hits, new_queries = server.prefix_hits()
+        yield {
+            "what": what,
+            "requests": result["completed"],
+            "failed": result["failed"],
+            "output_tokens_per_s": round(result["output_throughput"], 1),
+            "requests_per_s": round(result["request_throughput"], 3),
+            "hit_rate": round((new_hits - hits) / max(new_queries - queries, 1), 4),
+            "first_token_ms_median": round(result["median_ttft_ms"], 2),
+            "first_token_ms_p99": round(result["p99_ttft_ms"], 2),
+            "inter_token_ms_median": round(result["median_itl_ms"], 3),
+            "inter_token_ms_p99": round(result["p99_itl_ms"], 3),
+            "first_token_ms": [round(1e3 * t, 2) for t in result["ttfts"]],
+            "cell_s": round(time.perf_counter() - begin, 1),
+        }
+    yield {"what": "compiled while serving", "kernels": server.compiled_late()}
+
+
+if __name__ == "__main__":
+    serve_loads()

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report, serving, serving_summary
+from benchmarks import report, serving, serving_http, serving_summary
 from benchmarks.records import save_record
 from benchmarks.serving_summary import ROWS, crossings, load_runs, ratio, summary_lines
 
@@ -58,6 +60,62 @@ def test_a_record_is_compact_and_names_its_origin(record: Path):
     assert {"command", "device", "driver", "versions", "date", "settings"} <= content.keys()
     assert "benchmarks.serving" in content["command"]
     assert len(record.read_text()) < 100_000
+
+
+def test_devices_share_the_engines(tmp_path: Path, monkeypatch):
+    """Two devices, one of them slow: jobs in order, each pinned, all cells in one record."""
+    others_done = threading.Event()
+    started: list[tuple[str, str]] = []
+
+    class Engine:
+        def __init__(self, job, folder, env):
+            self.job, self.device = job, env["CUDA_VISIBLE_DEVICES"]
+            started.append((job["dtype"], self.device))
+
+        def run(self):
+            yield {"event": "start"}
+            if self.job["dtype"] == "a":
+                assert others_done.wait(10)
+            if self.job["dtype"] == "e":
+                others_done.set()
+            yield {"scenario": "resident", "requests": 1}
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(serving, "Engine", Engine)
+    todo = [{"model": "m", "dtype": d, "scenarios": ["resident"]} for d in "abcde"]
+    record = {"engines": [], "cells": []}
+    path = tmp_path / "record.json"
+    serving.Benchmark(deque(todo), ["0", "1"], record, path).run()
+    assert [dtype for dtype, _ in started] == list("abcde")
+    slow = dict(started)["a"]
+    # The slow device may have prepared one engine ahead; all others went to the other device.
+    assert [d for _, d in started].count(slow) <= 2
+    saved = json.loads(path.read_text())
+    assert {(c["dtype"], c["gpu"]) for c in saved["cells"]} == set(started)
+    assert len(saved["engines"]) == len(saved["cells"]) == 5
+
+    def broken(*_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(serving, "Engine", broken)
+    with pytest.raises(OSError, match="no more processes"):
+        serving.Benchmark(deque(todo), [None], record, path).run()
+
+
+def test_questions_come_back_to_images(tmp_path: Path):
+    """What the client sends: images as data, several questions on each, not in a row."""
+    load = serving_http.DRY_LOAD
+    runs = dict(serving_http.loads(tmp_path, serving.DRY_MODEL, load))
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    asked = [json.loads(line)["content"] for line in lines]
+    images = [content[0]["image_url"]["url"] for content in asked]
+    assert all(image.startswith("data:image/png;base64,") for image in images)
+    assert len(images) == load.images * load.questions and len(set(images)) == load.images
+    assert len({content[1]["text"] for content in asked}) == len(asked)
+    assert images != sorted(images) and images != sorted(images, reverse=True)
+    assert runs["questions on images"][-1] == str(len(asked))
 
 
 def made_up(folder: Path, date: str, device: str = "GPU", **requests: int) -> None:

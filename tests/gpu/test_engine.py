@@ -102,6 +102,19 @@ def test_wide_codes_answer_as_16_bits_do(answers):
         assert worst < bound, dtype
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["calibquant2", PROFILE])
+def test_tensor_parallel_ranks_answer_as_one(kind):
+    questions = list(examples("test", 7, 2))
+    with start(model_path(), kind, tensor_parallel_size=2, **GRAPHS) as engine:
+        prompts = [engine.prompt(q.question, q.image) for q in questions]
+        cold, warm = engine.ask(*prompts), engine.ask(*prompts)
+    assert all(a.hit >= 576 for a in warm)
+    for answers in (cold, warm):
+        right = sum(a.text == q.answer for a, q in zip(answers, questions, strict=True))
+        assert right >= len(questions) - 2
+
+
 LARGE = ["llava-1.5-7b", *filter(None, os.environ.get("GPU_MODELS", "").split(","))]
 
 

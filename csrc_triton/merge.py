@@ -62,7 +62,11 @@ def _merge_splits_kernel(
         tl.store(p_lse + i_head * stride_eh + i_row, out_lse)
 
 
-@triton.jit(do_not_specialize=["stride_al", "stride_bl", "stride_cl"])
+# Log-sum-exps may begin at any row of a batch.
+@triton.jit(
+    do_not_specialize=["stride_al", "stride_bl", "stride_cl"],
+    do_not_specialize_on_alignment=["p_a_lse", "p_b_lse", "p_c_lse"],
+)
 def _merge_parts_kernel(
     p_a, stride_at, stride_ah, p_a_lse, stride_al,
     p_b, stride_bt, stride_bh, p_b_lse, stride_bl,

@@ -187,7 +187,7 @@ def _last_valid(a, b):
 
 
 # One compilation for all steps: what changes from step to step is not specialised.
-@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "num_decodes"])
+@triton.jit(do_not_specialize=["stride_table", "num_tokens", "num_reqs", "num_decodes"])
 def _tables_kernel(
     p_block_table,
     stride_table,

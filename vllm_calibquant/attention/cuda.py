@@ -40,6 +40,7 @@ from vllm_calibquant.attention.common import (
     bind_layers,
 )
 from vllm_calibquant.attention.store import Codec
+from vllm_calibquant.attention.warmup import warm_up
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.quantize import RangeEstimator
 from vllm_calibquant.tags import is_visual
@@ -106,6 +107,8 @@ class MixedCUDAMetadata(FlashAttentionMetadata):
     num_decodes: int = 0
     """Requests, first in the batch, with one new token."""
     prefills: Prefills | None = None
+    captured: bool = False
+    """Whether a CUDA graph holds the step."""
 
 
 class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -151,12 +154,15 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             layer.impl.scratch = scratch
             layer.impl.text_stream = text_stream
             layer.impl.step = self.step
+        warm_up(self, layers, images=vllm_config.model_config.is_multimodal_model)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> MixedCUDAMetadata:
         """Metadata of a dummy batch: what is captured must serve batches with visual pages."""
-        return self._build(common_attn_metadata, fast_build=False, visual=True)
+        metadata = self._build(common_attn_metadata, fast_build=False, visual=True)
+        metadata.captured = True
+        return metadata
 
     def build(
         self,
@@ -339,7 +345,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         # In a graph the text is a branch beside the codes; launched one by one, that would cost
         # the host more than the device gains.
-        text_stream = self.text_stream if torch.cuda.is_current_stream_capturing() else None
+        text_stream = self.text_stream if metadata.captured else None
         if text_stream is not None:
             text_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(text_stream):

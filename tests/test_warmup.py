@@ -1,0 +1,287 @@
+"""What CUDA servers compile at start is all that their steps ask for; counted without a GPU.
+
+Launches go through Triton's own binders up to the key of its cache, for a device that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
+
+import csrc_triton
+from csrc_triton.tables import DeviceFormat
+from tests.test_profile import make_profile
+from vllm_calibquant.attention.store import Codec
+from vllm_calibquant.attention.warmup import serve_empty_step, step_shapes, warm_up
+from vllm_calibquant.config import load_config
+
+MAX_REQS, MAX_TOKENS = 256, 2048
+
+
+class Hopper:
+    """What Triton asks a driver before a kernel is compiled."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def keys(monkeypatch) -> set[tuple[str, str]]:
+    """Kernels and keys of what is launched, in place of launches."""
+    found: set[tuple[str, str]] = set()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kwargs["debug"] = False
+        _, key_cache, _, _, binder = self.device_caches[0]
+        _, specialization, options = binder(*args, **kwargs)
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        found.add((self.fn.__name__, jit.compute_cache_key(key_cache, specialization, options)))
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return found
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The CUDA backend, on tensors of the CPU."""
+
+    def attend(q, return_softmax_lse, **_):
+        return torch.zeros(q.shape, dtype=q.dtype), torch.zeros(q.shape[1], q.shape[0])
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", attend, raising=False)
+    module = importlib.import_module("vllm_calibquant.attention.cuda")
+    monkeypatch.setattr(module, "flash_attn_varlen_func", attend)
+    gpu = torch.device("cuda", 0)
+    for home, name in (
+        ("decode", "gluon_serves"),
+        ("decode", "dependent_launch"),
+        ("store", "gluon_stores"),
+        ("prefill", "gluon_prefills"),
+    ):
+        kernel_file = importlib.import_module(f"csrc_triton.{home}")
+        original = getattr(kernel_file, name)
+        on_gpu = functools.partial(lambda original, *args: original(*args[:-1], gpu), original)
+        monkeypatch.setattr(kernel_file, name, on_gpu)
+    monkeypatch.setattr("csrc_triton.prefill._multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda other: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return module
+
+
+def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, settings: dict):
+    """A metadata builder and a layer, of which only what needs vLLM's configuration is made up."""
+    config = load_config("calibquant1", {"calibquant": settings})
+    head_size = codec.page_format.head_size
+    tables = csrc_triton.allocate_tables(
+        max_num_reqs=MAX_REQS,
+        max_num_blocks=256,
+        max_num_tokens=MAX_TOKENS,
+        slots=codec.page_format.slots,
+        num_kv_heads=kv_heads,
+        device="cpu",
+        num_sms=132,
+    )
+    step = cuda.Step()
+    builder = object.__new__(cuda.MixedCUDAMetadataBuilder)
+    vars(builder).update(
+        tables=tables,
+        step=step,
+        device=torch.device("cpu"),
+        kv_cache_spec=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype="calibquant1"),
+        vllm_config=SimpleNamespace(
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=MAX_REQS, max_num_batched_tokens=MAX_TOKENS
+            )
+        ),
+    )
+
+    def build(self, prefix, common, fast_build):
+        return cuda.FlashAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+    monkeypatch.setattr(cuda.FlashAttentionMetadataBuilder, "build", build)
+    impl = object.__new__(cuda.MixedCUDAImpl)
+    weights = {
+        **cuda._weights("key", codec.key_estimator),
+        **cuda._weights("value", codec.value_estimator),
+    }
+    vars(impl).update(
+        codec=codec,
+        page_format=DeviceFormat(codec.page_format, "cpu", **weights),
+        tables=tables,
+        scratch=csrc_triton.allocate_scratch(tables, heads, head_size),
+        step=step,
+        text_stream=torch.cuda.current_stream(),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        scale=head_size**-0.5,
+        calibration=(config.tau_min, config.tau_max) if config.calibrated else None,
+        quantile=config.quantile if config.estimator == "quantile" else None,
+        vllm_flash_attn_version=3,
+    )
+    layer = SimpleNamespace(impl=impl)
+    return builder, layer
+
+
+class Server:
+    """Steps as vLLM's model runner passes them: parts of buffers that live as long as it does."""
+
+    def __init__(self, builder, layer, width: int) -> None:
+        self.builder, self.layer = builder, layer
+        self.block_table = torch.zeros(MAX_REQS, width, dtype=torch.int32)
+        self.seq_lens = torch.zeros(MAX_REQS, dtype=torch.int32)
+        self.starts = torch.zeros(MAX_REQS + 1, dtype=torch.int32)
+        self.slots = torch.full((2, MAX_TOKENS), -1)
+        impl = layer.impl
+        self.kv_cache = torch.zeros(
+            3, impl.num_kv_heads, 16, 2 * impl.head_size, dtype=torch.bfloat16
+        )
+
+    def step(self, new: list[int], context: list[int], *, fused: bool, captured: bool) -> None:
+        """Some requests' new tokens beside their cached ones; Q, K and V as one tensor or three."""
+        n, tokens, impl = len(new), sum(new), self.layer.impl
+        starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor(new, dtype=torch.int32) + torch.tensor(context, dtype=torch.int32)
+        self.starts[: n + 1], self.seq_lens[:n] = starts, lengths
+        common = CommonAttentionMetadata(
+            query_start_loc=self.starts[: n + 1],
+            query_start_loc_cpu=starts,
+            seq_lens=self.seq_lens[:n],
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=n,
+            num_actual_tokens=tokens,
+            max_query_len=max(new),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=self.block_table[:n],
+            slot_mapping=self.slots[1, :tokens],
+        )
+        heads = (impl.num_heads, impl.num_kv_heads, impl.num_kv_heads)
+        shape = (tokens, sum(heads), impl.head_size)
+        query, key, value = torch.empty(shape, dtype=torch.bfloat16).split(heads, dim=1)
+        if not fused:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        metadata = self.builder._build(common, False, visual=True)
+        metadata.captured = captured
+        impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, common.slot_mapping)
+        output = torch.empty(query.shape, dtype=torch.bfloat16)
+        impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output)
+
+
+def ragged_steps(draw: random.Random):
+    """New and cached tokens of requests, decodes first: small, large, few, many."""
+    for _ in range(60):
+        decodes = draw.choice((0, 0, 1, 2, 3, 15, 16, 17, 100, MAX_REQS - 4))
+        new, room = [1] * decodes, MAX_TOKENS - decodes
+        for _ in range(draw.choice((0, 1, 1, 2, 3, 16, 60))):
+            tokens = draw.choice((2, 3, 16, 17, 128, 500, room, draw.randint(2, MAX_TOKENS)))
+            if len(new) < MAX_REQS and 2 <= tokens <= room:
+                new.append(tokens)
+                room -= tokens
+        if new:
+            yield new, [draw.choice((1, 16, 40, 3000)) for _ in new]
+
+
+PROFILE = make_profile()
+CASES = {
+    "1 bit": (Codec.of(load_config("calibquant1", {}), 128, torch.bfloat16), 28, 4, {}),
+    "1 bit, calibrated, a head each": (
+        Codec.of(load_config("calibquant1", {}), 128, torch.bfloat16),
+        8,
+        8,
+        {"preset": "calibquant-paper"},
+    ),
+    "plain Triton, a lone KV head": (
+        Codec.of(load_config("calibquant1", {}), 80, torch.bfloat16),
+        16,
+        1,
+        {"preset": "calibquant-paper", "range_estimator": "quantile"},
+    ),
+    "profile": (
+        Codec.of_profile(PROFILE, 0, slice(0, PROFILE.model.num_kv_heads), torch.bfloat16),
+        2 * PROFILE.model.num_kv_heads,
+        PROFILE.model.num_kv_heads,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
+    builder, layer = make_parts(cuda, monkeypatch, *CASES[case])
+    warm_up(builder, {"layer": layer}, images=True)
+    warm = set(keys)
+    draw = random.Random(case)
+    for width in (250, 256):
+        server = Server(builder, layer, width)
+        for new, context in ragged_steps(draw):
+            captured = max(new) == 1 and draw.random() < 0.5
+            server.step(new, context, fused=draw.random() < 0.5, captured=captured)
+            assert keys == warm, (new, [name for name, _ in keys - warm])
+    names = {name for name, _ in warm}
+    assert {
+        "_tables_kernel",
+        "_store_kernel",
+        "_merge_splits_kernel",
+        "_merge_parts_kernel",
+    } < names
+    assert names & {"_prefill_kernel", "_attend_kernel"}
+
+
+def test_every_step_of_the_list_is_needed(cuda, keys, monkeypatch):
+    """With some format, each compiles what the others do not."""
+    shapes = step_shapes(MAX_REQS, MAX_TOKENS)
+    needed = set()
+    for case in CASES.values():
+        builder, layer = make_parts(cuda, monkeypatch, *case)
+        found = []
+        for shape in shapes:
+            keys.clear()
+            serve_empty_step(builder, [layer], shape)
+            found.append(set(keys))
+        for i, shape in enumerate(shapes):
+            if found[i] - set().union(*found[:i], *found[i + 1 :]):
+                needed.add(shape)
+    assert needed == set(shapes)
+
+
+def test_servers_of_text_compile_little(cuda, keys, monkeypatch):
+    builder, layer = make_parts(cuda, monkeypatch, *CASES["1 bit"])
+    warm_up(builder, {"layer": layer}, images=False)
+    assert len(keys) == 5  # tables, store, decode, merge in a graph and without
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(1, 2048), (256, 64), (1024, 8192), (2, 3)])
+def test_steps_keep_to_the_servers_limits(requests: int, tokens: int):
+    for shape in step_shapes(requests, tokens):
+        assert shape.decodes + len(shape.prefills) <= requests
+        assert shape.decodes + sum(shape.prefills) <= tokens
+        assert min(shape.prefills, default=2) > 1

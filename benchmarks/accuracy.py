@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -46,17 +46,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy_data import (
-    SHORT_ANSWER,
-    Row,
-    batches,
-    load_rows,
-    other_questions,
-    tiny_rows,
-)
-from benchmarks.accuracy_engines import Answer, Engine, InProcess, Server, Setting
+from benchmarks.accuracy_data import SHORT_ANSWER, Parts, load_rows
+from benchmarks.accuracy_engines import Setting
+from benchmarks.accuracy_jobs import Found, Message, Outcome, Unit, divide, run_units
 from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
-from benchmarks.records import newest_record, print_table, write_record
+from benchmarks.records import (
+    environment,
+    newest_record,
+    print_table,
+    record_path,
+    save_record,
+)
 
 NAME = "accuracy"
 MODES = ("decode", "prefix-hit", "chunks")
@@ -68,6 +68,18 @@ PROFILES = tuple(
     for bits in ("1", "1.25", "1.5")
 )
 """Learned bit planes of the tiny reader (``make profiles``)."""
+
+STOCK = (
+    "fp8",
+    "int4_per_token_head",
+    "turboquant_k8v4",
+    "turboquant_4bit_nc",
+    "turboquant_3bit_nc",
+)
+"""What stock vLLM has, on GPUs."""
+
+NOT_ON_CUDA = ("unbiased-slope", "two-means")
+"""Range estimators without a kernel."""
 
 SETTINGS = (
     *WIDTHS,
@@ -93,134 +105,78 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes have these cores too
 }
 TINY_LLM = {"dtype": "bfloat16", "max_model_len": 2048, "kv_cache_memory_bytes": 512 << 20}
+TINY_LLM_ON_CUDA = {
+    "enforce_eager": True,  # graphs take longer to capture than they save
+    "kv_cache_memory_bytes": 2 << 30,
+    "gpu_memory_utilization": 0.04,  # vLLM refuses to start where less than this is free
+    "max_num_batched_tokens": 32768,
+    "mm_processor_cache_gb": 1,
+}
+"""So that a dozen of engines share a GPU and its host."""
+SAVE_EVERY_S = 20
 OTHER_LLM = {"dtype": "bfloat16", "max_model_len": 8192}
-
-
-# Measuring.
-
-
-def ask_all(
-    engine: Engine, rows: list[Row], mode: str, batch_size: int, kl_count: int, bar: tqdm
-) -> tuple[list[Answer], dict[int, list[dict[int, float]]]]:
-    """Answers to all rows in one mode, and distributions along the true answer of some.
-
-    Parameters
-    ----------
-    engine
-        Whom to ask.
-    rows
-        The questions.
-    mode
-        One of :data:`MODES`.
-    batch_size
-        Questions in a batch.
-    kl_count
-        Rows of each task with distributions, by row; none of an engine without them.
-    bar
-        Moves by one for each answer.
-    """
-    others = other_questions(rows)
-    taken: dict[str, int] = {}
-    chosen = set()
-    if isinstance(engine, InProcess):
-        for i, row in enumerate(rows):
-            taken[row.task] = taken.get(row.task, 0) + 1
-            if taken[row.task] <= kl_count:
-                chosen.add(i)
-    answers: dict[int, Answer] = {}
-    distributions: dict[int, list[dict[int, float]]] = {}
-    for batch in batches(rows, batch_size):
-        engine.forget()
-        if mode == "prefix-hit":
-            engine.look([rows[i].look(others[i]) for i in batch])
-        asked = engine.ask([rows[i].chat for i in batch])
-        answers.update(zip(batch, asked, strict=True))
-        forced = [i for i in batch if i in chosen]
-        if forced and isinstance(engine, InProcess):
-            if mode != "prefix-hit":
-                engine.forget()
-            found = engine.distributions(
-                [rows[i].chat for i in forced], [rows[i].answers[0] for i in forced]
-            )
-            distributions.update(zip(forced, found, strict=True))
-        bar.update(len(batch))
-    return [answers[i] for i in range(len(rows))], distributions
-
-
-def measure(setting: Setting, rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
-    """Answers and distributions of every mode under one setting, in this process."""
-    begin = time.perf_counter()
-    logging.getLogger("vllm_calibquant").setLevel(logging.ERROR)
-    raw: dict[str, Any] = {"modes": {}}
-    plain = [mode for mode in args.modes if mode != "chunks"]
-    chunked = [mode for mode in args.modes if mode == "chunks"]
-    total = len(rows) * len(args.modes)
-    with tqdm(total=total, desc=setting.name, unit="question", mininterval=1.0) as bar:
-        for modes in filter(None, (plain, chunked)):
-            with engine_for(setting, args, cut=modes == chunked) as engine:
-                for mode in modes:
-                    raw["modes"][mode] = ask_all(engine, rows, mode, args.batch, args.kl_count, bar)
-                if isinstance(engine, InProcess):
-                    raw["bytes_per_visual_token"] = engine.bytes_per_visual_token
-    raw["seconds"] = round(time.perf_counter() - begin, 1)
-    return raw
-
-
-def engine_for(setting: Setting, args: argparse.Namespace, cut: bool) -> InProcess | Server:
-    """Whom to ask under a setting; ``cut`` if prompts are to be computed in chunks."""
-    if args.base_url:
-        return Server(args.base_url[setting.name], args.max_tokens, args.batch)
-    length = args.llm["max_model_len"]
-    schedule: dict[str, Any]
-    if cut:
-        # Of every prompt alike: a smaller budget of a step would cut each at another place.
-        schedule = {"long_prefill_token_threshold": args.chunk}
-    else:
-        schedule = {"enable_chunked_prefill": False}
-    return InProcess(
-        args.model,
-        setting,
-        args.max_tokens,
-        **{
-            "max_num_batched_tokens": max(8192, length),
-            "max_num_seqs": args.batch,
-            "limit_mm_per_prompt": {"image": 1 if args.data else 2},
-            "use_tqdm_on_load": False,
-            "enforce_eager": not torch.cuda.is_available(),
-            **schedule,
-            **args.llm,
-        },
-    )
-
-
-def measure_all(
-    settings: list[Setting], rows: list[Row], args: argparse.Namespace
-) -> Iterable[dict[str, Any]]:
-    """Raw results of each setting; on a GPU in processes of their own, to get its memory back."""
-    if not torch.cuda.is_available() or args.base_url:
-        yield from (measure(setting, rows, args) for setting in settings)
-        return
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for setting in settings:
-            yield pool.submit(measure, setting, rows, args).result()
 
 
 # Results.
 
 
-def by_task(rows: list[Row], outcomes: list[bool]) -> dict[str, list[bool]]:
-    """Outcomes of each task, in the order of the rows."""
+class Results:
+    """What processes have reported, and the record of it so far."""
+
+    def __init__(self, units: list[Unit], settings: list[Setting], bar: tqdm) -> None:
+        self.units, self.settings, self.bar = units, settings, bar
+        self.found = [Found() for _ in settings]
+
+    def take(self, message: Message) -> None:
+        """Note a message."""
+        unit = self.units[message.unit]
+        found = self.found[unit.setting]
+        if message.kind == "size":
+            found.bytes_per_visual_token = message.content
+        elif message.kind == "asked":
+            self.bar.update(message.content)
+        elif message.kind == "part":
+            mode, part, outcomes = message.content
+            found.modes.setdefault(mode, {})[part] = outcomes
+        elif message.kind == "done":
+            found.seconds = max(found.seconds, message.content)
+        else:
+            found.error = message.content
+            self.bar.write(f"{self.settings[unit.setting].name}: {message.content}")
+
+    def settings_record(self) -> list[dict[str, Any]]:
+        """Numbers of all settings over the questions that each and the first have answered."""
+        first = self.found[0].modes
+        record = []
+        for setting, found in zip(self.settings, self.found, strict=True):
+            entry: dict[str, Any] = {"setting": setting.name, "bits": setting.bits}
+            if found.error is not None:
+                entry["error"] = found.error
+            if found.bytes_per_visual_token is not None:
+                entry["bytes_per_visual_token"] = found.bytes_per_visual_token
+            entry["seconds"] = found.seconds
+            entry["modes"] = {
+                mode: compare(first[mode], parts)
+                for mode, parts in found.modes.items()
+                if first.get(mode, {}).keys() & parts.keys()
+            }
+            record.append(entry)
+        return record
+
+
+def by_task(outcomes: list[Outcome]) -> dict[str, list[bool]]:
+    """Whether answers were right, by task."""
     tasks: dict[str, list[bool]] = {}
-    for row, outcome in zip(rows, outcomes, strict=True):
-        tasks.setdefault(row.task, []).append(outcome)
+    for outcome in outcomes:
+        tasks.setdefault(outcome.task, []).append(outcome.right)
     return tasks
 
 
-def compare(rows: list[Row], reference: Any, raw: Any) -> dict[str, Any]:
+def compare(reference: dict[int, list[Outcome]], found: dict[int, list[Outcome]]) -> dict[str, Any]:
     """Numbers of one mode of a setting, beside those of the reference."""
-    (first, first_p), (answers, p) = reference, raw
-    right = by_task(rows, [r.is_right(a.text) for r, a in zip(rows, answers, strict=True)])
-    truth = by_task(rows, [r.is_right(a.text) for r, a in zip(rows, first, strict=True)])
+    common = sorted(reference.keys() & found.keys())
+    first, own = ([o for part in common for o in side[part]] for side in (reference, found))
+    right = by_task(own)
     tasks = {}
     for task, outcomes in right.items():
         low, high = wilson(sum(outcomes), len(outcomes))
@@ -230,15 +186,20 @@ def compare(rows: list[Row], reference: Any, raw: Any) -> dict[str, Any]:
             "interval": [round(low, 2), round(high, 2)],
             "outcomes": "".join(str(int(o)) for o in outcomes),
         }
-    drop, half = mean_drop(truth, right)
-    steps = [divergence(x, y) for i in p for x, y in zip(first_p[i], p[i], strict=True)]
-    hits = [a.hit for a in answers if a.hit is not None]
+    drop, half = mean_drop(by_task(first), right)
+    steps = [
+        divergence(x, y)
+        for a, b in zip(first, own, strict=True)
+        if a.steps is not None and b.steps is not None
+        for x, y in zip(a.steps, b.steps, strict=True)
+    ]
+    hits = [o.hit for o in own if o.hit is not None]
     return {
         "tasks": tasks,
         "mean": round(100 * mean(mean(outcomes) for outcomes in right.values()), 2),
         "drop": round(drop, 2),
         "drop_half_interval": round(half, 2),
-        "agreement": round(agreement([a.tokens for a in first], [a.tokens for a in answers]), 2),
+        "agreement": round(agreement([o.tokens for o in first], [o.tokens for o in own]), 2),
         "kl": float(f"{mean(steps):.4g}") if steps else None,
         "kl_tokens": len(steps),
         "mean_hit_tokens": round(mean(hits), 1) if hits else None,
@@ -248,9 +209,12 @@ def compare(rows: list[Row], reference: Any, raw: Any) -> dict[str, Any]:
 def print_results(record: dict[str, Any]) -> None:
     """Print a Markdown table for each mode."""
     for mode in record["modes"]:
-        tasks = list(record["settings"][0]["modes"][mode]["tasks"])
+        answered = [s for s in record["settings"] if mode in s["modes"]]
+        if not answered:
+            continue
+        tasks = list(answered[0]["modes"][mode]["tasks"])
         body = []
-        for setting in record["settings"]:
+        for setting in answered:
             result = setting["modes"][mode]
             cells = []
             for task in tasks:
@@ -262,6 +226,7 @@ def print_results(record: dict[str, Any]) -> None:
                 [
                     setting["setting"],
                     "" if size is None else f"{size:.0f}",
+                    str(max(task["n"] for task in result["tasks"].values())),
                     *cells,
                     f"{result['mean']:.1f}",
                     f"{result['drop']:.1f} ± {result['drop_half_interval']:.1f}",
@@ -269,9 +234,12 @@ def print_results(record: dict[str, Any]) -> None:
                     "" if kl is None else f"{kl:.4f}",
                 ]
             )
-        print(f"\nMode {mode}: exact match in %, n = {record['count']} a task\n")
-        header = ["setting", "bytes a visual token", *tasks, "mean"]
+        print(f"\nMode {mode}: exact match in %, 95 % intervals\n")
+        header = ["setting", "bytes a visual token", "n a task", *tasks, "mean"]
         print_table([*header, "points below 16 bits", "agreement, %", "KL, nats"], body)
+    for setting in record["settings"]:
+        if "error" in setting:
+            print(f"\n{setting['setting']}: {setting['error']}")
 
 
 def summary_lines(record: dict[str, Any]) -> str:
@@ -297,7 +265,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     """Draw exact match against bytes of a visual token, a panel for each mode."""
     from matplotlib import pyplot as plt
 
-    modes, settings = record["modes"], record["settings"]
+    modes = record["modes"]
+    settings = [s for s in record["settings"] if {*modes} <= s["modes"].keys()]
     figure, panels = plt.subplots(
         1,
         len(modes),
@@ -339,7 +308,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_title(f"mode {mode}", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("exact match, mean over tasks, %")
-    figure.suptitle(f"{record['model']}, {record['count']} questions a task", fontsize=10)
+    asked = max(task["n"] for task in settings[0]["modes"][modes[0]]["tasks"].values())
+    figure.suptitle(f"{record['model']}, {asked} questions a task", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center")
     figure.set_layout_engine("constrained")
@@ -361,13 +331,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-url", nargs="+", metavar="SETTING=URL", help="16 bits first")
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--seed", type=int, default=1, help="of the tiny reader's questions")
+    parser.add_argument(
+        "--split",
+        choices=("test", "calibration"),
+        default="test",
+        help="of the tiny reader's questions; settings are chosen on calibration",
+    )
     parser.add_argument("--settings", nargs="+", help="DTYPE [KEY=JSON …], quoted; 16 bits first")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--kl-count", type=int, default=20, help="questions of each task for KL")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a chunk in mode chunks")
-    parser.add_argument("--batch", type=int, default=50, help="questions at once")
+    parser.add_argument("--batch", type=int, help="questions at once; 50, or 250 on a GPU")
     parser.add_argument("--max-tokens", type=int, default=24, help="of an answer")
     parser.add_argument("--llm", type=json.loads, default={}, help="further LLM arguments, JSON")
+    parser.add_argument("--jobs", type=int, default=1, help="engines at once, on all GPUs")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds to ask at most")
     parser.add_argument("--label", help="name of a record that --summary is to pass over")
     parser.add_argument("--out", type=Path, help="folder of the record")
     args = parser.parse_args(argv)
@@ -375,15 +353,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         vars(args).update(QUICK)
     if (args.model or args.base_url) and not args.data:
         parser.error("--model and --base-url need --data")
-    args.llm = {**(OTHER_LLM if args.model else TINY_LLM), **args.llm}
+    cuda = torch.cuda.is_available()
+    args.batch = args.batch or (250 if cuda else 50)
+    standard = OTHER_LLM if args.model else TINY_LLM
+    if cuda and not args.model:
+        standard = {**standard, **TINY_LLM_ON_CUDA}
+    args.llm = {**standard, **args.llm}
     if args.base_url:
         args.base_url = dict(pair.split("=", 1) for pair in args.base_url)
         args.settings = list(args.base_url)
         args.modes = [mode for mode in args.modes if mode != "chunks"]  # the server decides
     elif not args.settings:
-        fp8 = ["fp8"] if torch.cuda.is_available() else []
-        args.settings = [SETTINGS[0], *fp8, *SETTINGS[1:]]
+        args.settings = list(SETTINGS)
+        if cuda:
+            own = [s for s in SETTINGS[1:] if not any(name in s for name in NOT_ON_CUDA)]
+            args.settings = [SETTINGS[0], *STOCK, *own]
     return args
+
+
+def questions(args: argparse.Namespace, stack: ExitStack) -> tuple[Parts, int]:
+    """All questions in parts, and how many they are; drawn meanwhile if there are several jobs."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="accuracy-")))
+    if args.data:
+        rows = [row for source in args.data for row in load_rows(source, args.count, args.suffix)]
+        return Parts.of(rows, folder), len(rows)
+    # Spawned, because vLLM's processes must not inherit what drawing leaves in this one.
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"))
+    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    parts = Parts.tiny(args.count, args.seed, args.split, folder, pool)
+    return parts, args.count * len(parts.files[0])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -391,51 +389,55 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if args.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     if args.summary:
         record = newest_record(NAME)
         print_results(record)
         print()
         print(summary_lines(record))
         return
-    if args.data:
-        loose = [load_rows(source, args.count, args.suffix) for source in args.data]
-        rows = [row for part in loose for row in part]
-    else:
-        rows = tiny_rows(args.count, args.seed)
     model = args.model or "tests/tinyvlm"
     if not args.model and not args.base_url:
         from tests.tinyvlm.unpack import model_path
 
         args.model = str(model_path())
     settings = [Setting.parse(text) for text in args.settings]
-    results: list[dict[str, Any]] = []
-    reference: dict[str, Any] = {}
-    for setting, raw in zip(settings, measure_all(settings, rows, args), strict=True):
-        modes = raw.pop("modes")
-        reference = reference or modes
-        results.append(
-            {
-                "setting": setting.name,
-                "bits": setting.bits,
-                **raw,
-                "modes": {m: compare(rows, reference[m], found) for m, found in modes.items()},
-            }
-        )
-    record = {
+    start = {
+        **environment(),
         # Settings have spaces, and the line is to be run again.
         "command": f"python -m benchmarks.{NAME} {shlex.join(argv or sys.argv[1:])}",
         "model": "servers" if args.base_url else model,
-        "data": args.data or f"tests/tinyvlm, split test, seed {args.seed}",
+        "data": args.data or f"tests/tinyvlm, split {args.split}, seed {args.seed}",
         "count": args.count,
         "modes": args.modes,
         "chunk_tokens": args.chunk,
         "llm": args.llm,
-        "settings": results,
     }
-    path = write_record("-".join(filter(None, (NAME, args.label))), record, args.out)
+    path = record_path("-".join(filter(None, (NAME, args.label))), start["date"], args.out)
+    with ExitStack() as stack:
+        parts, asked = questions(args, stack)
+        units = divide(len(settings), args.modes, len(parts), args.jobs)
+        total = asked * len(args.modes) * len(settings)
+        bar = stack.enter_context(tqdm(total=total, unit="question", mininterval=1.0))
+        results = Results(units, settings, bar)
+        saved = time.perf_counter()
+
+        def listen(message: Message) -> None:
+            nonlocal saved
+            results.take(message)
+            if time.perf_counter() - saved > SAVE_EVERY_S:
+                save_record(path, {**start, "settings": results.settings_record()})
+                saved = time.perf_counter()
+
+        run_units(units, settings, parts, args, listen)
+    record = {**start, "settings": results.settings_record()}
+    save_record(path, record)
+    if not record["settings"][0]["modes"]:
+        sys.exit(f"{settings[0].name}: {results.found[0].error or 'no part was finished'}")
     print_results(record)
     try:
-        if all("bytes_per_visual_token" in result for result in results):
+        if all("bytes_per_visual_token" in s for s in record["settings"] if s["modes"]):
             plot(record, path.with_suffix(".png"))
     except ImportError:
         print("\nno plot: matplotlib is not installed")

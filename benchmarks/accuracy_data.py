@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -90,8 +93,14 @@ def chat(
     return [*messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def tiny_rows(count: int, seed: int) -> list[Row]:
-    """Questions of the test split of ``tests/tinyvlm``, ``count`` of each task."""
+PART = 50
+"""Questions of each task in a part, which is what processes draw, ask and report at a time."""
+
+
+def tiny_rows(
+    count: int, seed: int, split: str = "test", tasks: Iterable[str] | None = None
+) -> list[Row]:
+    """Questions of ``tests/tinyvlm``, ``count`` of each task, of all tasks unless given."""
     from tests.tinyvlm.dataset import ALL_TASKS, examples
 
     return [
@@ -103,8 +112,72 @@ def tiny_rows(count: int, seed: int) -> list[Row]:
             more=row.images[1:],
             before=row.before,
         )
-        for row in examples("test", seed, count, ALL_TASKS)
+        for row in examples(split, seed, count, tuple(tasks or ALL_TASKS))
     ]
+
+
+class Parts:
+    """Questions in parts of :data:`PART` a task, in files that other processes may be writing."""
+
+    def __init__(self, folder: Path, files: list[list[str]]) -> None:
+        self.folder, self.files = folder, files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        """Rows of a part; waits for its files."""
+        rows: list[Row] = []
+        for name in self.files[index]:
+            path = self.folder / name
+            while not path.exists():
+                time.sleep(0.1)
+            found = pickle.loads(path.read_bytes())
+            if isinstance(found, Exception):
+                raise found
+            rows += found
+        return rows
+
+    def write(self, name: str, rows: list[Row] | Exception) -> None:
+        """Write a file of a part, or why there is none; a reader never sees half of it."""
+        scratch = self.folder / f"{name}.new"
+        scratch.write_bytes(pickle.dumps(rows))
+        scratch.rename(self.folder / name)
+
+    @classmethod
+    def of(cls, rows: list[Row], folder: Path) -> Parts:
+        """Parts of rows that are there."""
+        taken: dict[str, int] = {}
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            taken[row.task] = taken.get(row.task, 0) + 1
+            groups.setdefault((taken[row.task] - 1) // PART, []).append(row)
+        parts = cls(folder, [[f"{i}.rows"] for i in range(len(groups))])
+        for i, group in groups.items():
+            parts.write(f"{i}.rows", group)
+        return parts
+
+    @classmethod
+    def tiny(cls, count: int, seed: int, split: str, folder: Path, pool: Executor) -> Parts:
+        """Parts of the tiny reader's questions, drawn by a pool; each part has a seed of its own.
+
+        The first part is :func:`tiny_rows` of the same seed, the next that of the next seed.
+        """
+        from tests.tinyvlm.dataset import ALL_TASKS
+
+        sizes = [min(PART, count - start) for start in range(0, count, PART)]
+        parts = cls(folder, [[f"{i}-{task}.rows" for task in ALL_TASKS] for i in range(len(sizes))])
+        for i, size in enumerate(sizes):
+            for task, name in zip(ALL_TASKS, parts.files[i], strict=True):
+                pool.submit(_draw, parts, name, size, seed + i, split, task)
+        return parts
+
+
+def _draw(parts: Parts, name: str, count: int, seed: int, split: str, task: str) -> None:
+    try:
+        parts.write(name, tiny_rows(count, seed, split, (task,)))
+    except Exception as error:
+        parts.write(name, error)  # for whoever waits
 
 
 def load_rows(source: str, count: int, suffix: str = SHORT_ANSWER) -> list[Row]:

@@ -8,8 +8,9 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from vllm_calibquant.config import SECTION, bits_of
 from vllm_calibquant.profile import load_profile
 
 FORCED = "forced_tokens"
-"""Key of a request's ``extra_args`` for :class:`benchmarks.accuracy_forcing.ForcedTokens`."""
+"""Key of a request's ``extra_args`` for the processors of :mod:`benchmarks.accuracy_forcing`."""
 
 CANDIDATES = 20
 """Most likely tokens that each side of a divergence lists; vLLM gives no more unless told to."""
@@ -81,16 +82,20 @@ class InProcess:
     def __init__(self, model: str, setting: Setting, max_tokens: int, **settings: Any) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        # Model runner V2, which CPUs do not have, has processors of another kind.
+        processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         if setting.options:
             settings["additional_config"] = {SECTION: setting.options}
         self.max_tokens = max_tokens
-        self.llm = LLM(
-            model,
-            kv_cache_dtype=setting.dtype,
-            logits_processors=["benchmarks.accuracy_forcing:ForcedTokens"],
-            **settings,
-        )
+        with _flash_version(setting.dtype):
+            self.llm = LLM(
+                model,
+                kv_cache_dtype=setting.dtype,
+                logits_processors=[f"benchmarks.accuracy_forcing:{processor}"],
+                **settings,
+            )
         self.tokenizer = self.llm.get_tokenizer()
 
     def __enter__(self) -> InProcess:
@@ -163,6 +168,30 @@ class InProcess:
             / (group.kv_cache_spec.block_size * getattr(group.kv_cache_spec, "slots", 1))
             for group in core.scheduler.kv_cache_config.kv_cache_groups
         )
+
+
+@contextmanager
+def _flash_version(dtype: str) -> Iterator[None]:
+    """Let TurboQuant use :data:`benchmarks.serving_engine.FORCED_FLASH_VERSION`."""
+    if not dtype.startswith("turboquant"):
+        yield
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    from benchmarks.serving_engine import FORCED_FLASH_VERSION
+
+    create = EngineArgs.create_engine_config
+
+    def forced(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        config.attention_config.flash_attn_version = FORCED_FLASH_VERSION
+        return config
+
+    EngineArgs.create_engine_config = forced  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        EngineArgs.create_engine_config = create  # type: ignore[method-assign]
 
 
 class Server:

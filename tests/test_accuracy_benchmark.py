@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tqdm import tqdm
 
-from benchmarks.accuracy import PROFILES, parse_args, summary_lines
-from benchmarks.accuracy_data import Row, batches, chat, load_rows, other_questions
+from benchmarks.accuracy import PROFILES, Results, main, parse_args, summary_lines
+from benchmarks.accuracy_data import PART, Parts, Row, batches, chat, load_rows, other_questions
 from benchmarks.accuracy_engines import InProcess, Setting
+from benchmarks.accuracy_jobs import Outcome, divide, run_units
 from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
 from tests.serving.test_server import Server
 from tests.tinyvlm import dataset
@@ -178,6 +185,60 @@ def test_other_models_need_data(capsys) -> None:
     assert "--model and --base-url need --data" in capsys.readouterr().err
 
 
+# Many engines at once.
+
+
+@pytest.mark.parametrize(("jobs", "shards"), [(1, 1), (5, 1), (6, 2), (60, 4)])
+def test_every_mode_asks_every_part_once(jobs: int, shards: int) -> None:
+    units = divide(3, ["decode", "prefix-hit"], 4, jobs)
+    assert len(units) == 3 * shards
+    for setting in range(3):
+        mine = [u for u in units if u.setting == setting]
+        assert sorted(part for u in mine for part in u.parts) == [0, 1, 2, 3]
+        assert {u.modes for u in mine} == {("decode", "prefix-hit")}
+    cut = divide(2, ["decode", "chunks"], 1, jobs)
+    assert [(u.setting, u.modes) for u in cut] == [
+        (0, ("decode",)),
+        (1, ("decode",)),
+        (0, ("chunks",)),
+        (1, ("chunks",)),
+    ]
+
+
+def engine_of_a_test(unit, setting, parts, args, report) -> None:
+    """Stands in for an engine, in a process of its own: right, refusing, or killed."""
+    report("size", 8.0)
+    for part in unit.parts:
+        rows = parts[part]
+        if setting.name == "refuses" and part:
+            raise ValueError("a long story\nno such dtype")
+        if setting.name == "dies":
+            os._exit(3)
+        report("asked", len(rows))
+        report("part", ("decode", part, [Outcome(r.task, True, (1, 2), 0, None) for r in rows]))
+    report("done", 1.5)
+
+
+def test_what_fails_takes_nothing_along(tmp_path: Path) -> None:
+    rows = [Row("a", "?", ("",), grey(i)) for i in range(PART)]
+    rows += [Row("b", "?", ("",), grey(9)), Row("a", "?", ("",), grey(8))]
+    parts = Parts.of(rows, tmp_path)
+    assert [len(parts[i]) for i in range(len(parts))] == [PART + 1, 1]
+    settings = [Setting.parse(name) for name in ("auto", "refuses", "dies")]
+    units = divide(3, ["decode"], len(parts), 3)
+    with tqdm(total=3 * len(rows), disable=True) as bar:
+        results = Results(units, settings, bar)
+        args = argparse.Namespace(jobs=3, limit=60, base_url=None)
+        run_units(units, settings, parts, args, results.take, engine_of_a_test)
+    whole, part, none = results.settings_record()
+    counts = {task: found["n"] for task, found in whole["modes"]["decode"]["tasks"].items()}
+    assert counts == {"a": PART + 1, "b": 1}
+    assert (whole["seconds"], whole["bytes_per_visual_token"]) == (1.5, 8.0)
+    assert part["modes"]["decode"]["tasks"]["a"]["n"] == PART
+    assert part["error"] == "ValueError: no such dtype"
+    assert none["modes"] == {} and none["error"] == "ended with exit code 3"
+
+
 # Engines.
 
 
@@ -206,6 +267,35 @@ def test_teacher_forcing(monkeypatch) -> None:
     for token, step, scored in zip(tokens, steps, expected, strict=False):
         assert step[token] == pytest.approx(scored[token].logprob, abs=1e-3)
     assert min(step[token] for token, step in zip(tokens, steps, strict=False)) < -1
+
+
+def test_teacher_forcing_of_batches() -> None:
+    """Rows in any order, at any step of their requests, with and without forced tokens."""
+    from vllm import SamplingParams
+
+    from benchmarks.accuracy_forcing import FORCED, ForcedTokensV2
+
+    state = SimpleNamespace(
+        max_num_reqs=4,
+        device=torch.device("cpu"),
+        prompt_len=SimpleNamespace(np=np.array([5, 9, 7, 0])),
+    )
+    processor = ForcedTokensV2(None, state)
+    forced = SamplingParams(extra_args={FORCED: [3, 1]})
+    assert processor.add_request(2, forced) and processor.add_request(0, forced)
+    assert not processor.add_request(1, SamplingParams())
+    logits = torch.arange(24.0).reshape(4, 6)
+    context = SimpleNamespace(
+        # Slot 2 after its prompt; slot 1; slot 0 one token, and two tokens, further on.
+        expanded_idx_mapping=torch.tensor([2, 1, 0, 0]),
+        pos=torch.tensor([6, 8, 5, 6]),
+    )
+    result = processor.apply(logits.clone(), context)
+    left = [row.isfinite().nonzero().flatten().tolist() for row in result]
+    assert left == [[3], [0, 1, 2, 3, 4, 5], [1], [0, 1, 2, 3, 4, 5]]
+    assert result[0, 3] == logits[0, 3]
+    assert not processor.add_request(2, SamplingParams())  # the slot's next request
+    assert torch.equal(processor.apply(logits.clone(), context)[0], logits[0])
 
 
 def test_modes(tmp_path: Path) -> None:
@@ -260,8 +350,10 @@ def test_servers(tmp_path: Path, jsonl: Path) -> None:
     assert out.splitlines()[-1] == "accuracy_drop bits4=0.0"
 
 
-def test_summary() -> None:
-    lines = benchmark("--summary").splitlines()[-2:]
+def test_summary(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which the benchmark adds to
+    main(["--summary"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
     for name, line in zip(("accuracy_drop_prefix_hit", "accuracy_drop"), lines, strict=True):
         pattern = r" bits1=(\S+) bits1\.25=(\S+) bits1\.5=(\S+) bits2=(\S+)(?: bits4=\S+)?"
         found = re.fullmatch(name + pattern, line)

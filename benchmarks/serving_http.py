@@ -114,7 +114,7 @@ class Server:
     def compiled_late(self) -> str:
         """Kernels that vLLM's log says were compiled while a request waited."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        found = set(re.findall(r"JIT compilation during inference: (\w+)", text))
+        found = set(re.findall(r"JIT compilation during inference: ([\w.]*\w)", text))
         return ", ".join(sorted(found)) or "none"
 
     def stop(self) -> None:

@@ -8,13 +8,16 @@ dtype is one of ours and otherwise hands the call on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_calibquant.config import DTYPE_BITS, ConfigError
 from vllm_calibquant.tags import is_visual
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VLLM_VERSIONS = ("0.32.0",)
 """vLLM releases whose private names are known here; all other releases are refused."""
@@ -212,7 +215,7 @@ def watch_block_tables() -> None:
     ) -> None:
         if overwrite:
             _VISUAL_REQUESTS.discard(req_index)
-        if any(is_visual(block_id) for group in new_block_ids for block_id in group):
+        if any(is_visual(max(group)) for group in new_block_ids if group):
             _VISUAL_REQUESTS.add(req_index)
         original(self, req_index, new_block_ids, overwrite)
 
@@ -220,9 +223,9 @@ def watch_block_tables() -> None:
     BlockTables.append_block_ids = append_block_ids
 
 
-def any_visual(rows: Iterable[int]) -> bool:
+def any_visual(rows: np.ndarray) -> bool:
     """Whether a request in one of these rows of the worker's block table has a visual block."""
-    return bool(_VISUAL_REQUESTS) and not _VISUAL_REQUESTS.isdisjoint(int(row) for row in rows)
+    return bool(_VISUAL_REQUESTS) and not _VISUAL_REQUESTS.isdisjoint(rows.tolist())
 
 
 def scheduler_of(llm: Any) -> Any:

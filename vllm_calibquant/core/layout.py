@@ -30,10 +30,13 @@ def visual_blocks(spans: Sequence[Span], start: int, end: int, block_size: int) 
     """
     blocks: list[int] = []
     for span in spans:
-        first = -(-max(span.start, start) // block_size)
-        last = min(span.end, end) // block_size
-        blocks.extend(range(first, last))
+        blocks.extend(_blocks_of(span, start, end, block_size))
     return blocks
+
+
+def _blocks_of(span: Span, start: int, end: int, block_size: int) -> range:
+    """Blocks of a step that lie inside one span."""
+    return range(-(-max(span.start, start) // block_size), min(span.end, end) // block_size)
 
 
 class StepLayout(NamedTuple):
@@ -114,13 +117,17 @@ def clip_chunk(
     cut = next((span for span in spans if span.start < end < span.end), None)
     if cut is None:
         return num_tokens
-    blocks = visual_blocks(spans, start, end, block_size)
-    whole = len(blocks) - len(blocks) % slots
-    in_cut = [b for b in blocks if b * block_size >= cut.start]
+    before = sum(
+        len(_blocks_of(span, start, end, block_size)) for span in spans if span.end <= cut.start
+    )
+    in_cut = _blocks_of(cut, start, end, block_size)
     if not in_cut:
         return num_tokens
-    if whole and blocks[whole - 1] >= in_cut[0]:
-        clipped = (blocks[whole - 1] + 1) * block_size
+    # Of the blocks that fill whole pages, those in the span.
+    whole = before + len(in_cut)
+    whole -= whole % slots + before
+    if whole > 0:
+        clipped = (in_cut[0] + whole) * block_size
     elif in_cut[0] * block_size > start:
         clipped = in_cut[0] * block_size  # leave the span to the next chunk
     else:

@@ -32,8 +32,9 @@ class VisualPageLedger:
 
     def taken(self, pages: Iterable[KVCacheBlock]) -> None:
         """Note that pages left the free list and lost what they held."""
-        for page in pages:
-            self._slots.pop(page.block_id, None)
+        if self._slots:
+            for page in pages:
+                self._slots.pop(page.block_id, None)
 
     def hold(self, pages: Iterable[KVCacheBlock]) -> None:
         """Note that one more request refers to these visual pages."""

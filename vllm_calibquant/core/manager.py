@@ -89,19 +89,18 @@ class MixedPageManager(FullAttentionManager):
         leaves a layout to execute.
         """
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        num_blocks = max(cdiv(num_tokens, self.block_size) - held, 0)
-        if num_blocks:
-            layout = step_layout(
-                self.spans(request_id),
-                total_computed_tokens,
-                num_tokens_main_model,
-                first_block=held,
-                num_blocks=num_blocks,
-                block_size=self.block_size,
-                slots=self.kv_cache_spec.slots,
-            )
-        else:
-            layout = StepLayout(held, 0, ())  # most steps of a decode: worth being quick
+        num_blocks = cdiv(num_tokens, self.block_size) - held
+        if num_blocks <= 0:  # most steps of a decode: worth being quick
+            return self._get_num_evictable_blocks(new_computed_blocks) if new_computed_blocks else 0
+        layout = step_layout(
+            self.spans(request_id),
+            total_computed_tokens,
+            num_tokens_main_model,
+            first_block=held,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            slots=self.kv_cache_spec.slots,
+        )
         if not apply_admission_cap:
             self._layouts[request_id] = layout
         return layout.num_pages + self._get_num_evictable_blocks(new_computed_blocks)
@@ -110,29 +109,30 @@ class MixedPageManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Execute the layout that the step was promised."""
-        layout = self._layouts.pop(request_id)
         req_blocks = self.req_to_blocks[request_id]
-        if layout.first_block != len(req_blocks) or layout.num_blocks != max(
-            cdiv(num_tokens, self.block_size) - len(req_blocks), 0
-        ):
+        num_blocks = cdiv(num_tokens, self.block_size) - len(req_blocks)
+        if num_blocks <= 0:
+            return []
+        layout = self._layouts.pop(request_id)
+        if layout.first_block != len(req_blocks) or layout.num_blocks != num_blocks:
             raise RuntimeError(
                 f"request {request_id}: {layout} does not lead from {len(req_blocks)} blocks to "
                 f"{num_tokens} tokens"
             )
-        if layout.num_blocks == 0:
-            return []
         pages = self.block_pool.get_new_blocks(layout.num_pages)
         self.ledger.taken(pages)
-        free = iter(pages)
-        visual: dict[int, VisualBlock] = {}
-        for page_blocks in layout.pages:
-            page = next(free)
-            for slot, block in enumerate(page_blocks):
-                visual[block] = VisualBlock(page, slot)
-            self.ledger.written(page, len(page_blocks))
-            self.ledger.hold([page])
-        added = range(layout.first_block, layout.first_block + layout.num_blocks)
-        new_blocks: list[Any] = [visual.get(b) or next(free) for b in added]
+        new_blocks: list[Any] = pages
+        if layout.pages:
+            free = iter(pages)
+            visual: dict[int, VisualBlock] = {}
+            for page_blocks in layout.pages:
+                page = next(free)
+                for slot, block in enumerate(page_blocks):
+                    visual[block] = VisualBlock(page, slot)
+                self.ledger.written(page, len(page_blocks))
+                self.ledger.hold([page])
+            added = range(layout.first_block, layout.first_block + num_blocks)
+            new_blocks = [visual.get(b) or next(free) for b in added]
         req_blocks.extend(new_blocks)
         if self._record_new_block_ids:
             self.new_block_ids.extend(p.block_id for p in pages)

@@ -149,6 +149,8 @@ class MixedPageScheduler(Scheduler):
     ) -> int:
         """End a chunk that cuts an image at a whole page."""
         start = request.num_computed_tokens + num_new_local_computed_tokens
+        if not request.mm_features or start >= request.num_prompt_tokens:
+            return num_new_tokens  # asked of every request in every step
         manager = self.mixed_page_managers[0]
         spans = manager.spans(request.request_id)
         if not spans or start >= spans[-1].end:

@@ -58,9 +58,14 @@ GOALS = {
 """(Hq, Hkv, tokens, batch): the least ratio to FlashAttention 3 bf16, plain and calibrated."""
 
 XFORMERS_SHAPES = ((28, 4, 3328, 64), (32, 32, 3328, 64), (48, 8, 3328, 256))
+Counts = tuple[int, ...]
+"""Components with more than 0, 1, 2 ... bits: what a profile gives K or V."""
+
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"shape": (28, 4, 3328, 64), "bits": 2},
     {"shape": (28, 4, 3328, 64), "bits": 4},
+    {"shape": (28, 4, 3328, 64), "profile": ((98, 60, 26, 8), (88, 30, 10))},
+    {"shape": (28, 4, 3328, 64), "profile": ((118, 80, 40, 18), (100, 28))},
     {"shape": (32, 32, 3328, 64), "bits": 2},
     {"shape": (32, 32, 3328, 64), "bits": 4},
     {"shape": (28, 4, 3328, 64), "dtype": "float16"},
@@ -129,8 +134,12 @@ class Decode:
     def __init__(
         self, hq: int, hkv: int, tokens: int, batch: int, d: int = 128, bits: int = 1,
         dtype: torch.dtype = torch.bfloat16, programs_per_sm: int | None = None,
+        profile: tuple[Counts, Counts] | None = None,
     ) -> None:  # fmt: skip
-        page = PageFormat.uniform(d, bits, dtype)
+        if profile is None:
+            page = PageFormat.uniform(d, bits, dtype)
+        else:
+            page = PageFormat(d, *(tuple(sum(n > j for n in c) for j in range(d)) for c in profile))
         self.fmt = DeviceFormat(page, "cuda")
         per_request = -(-tokens // page.tokens)
         pages = per_request * batch
@@ -153,7 +162,8 @@ class Decode:
             slots=page.slots, num_kv_heads=hkv, device="cuda", programs_per_sm=programs_per_sm,
         )  # fmt: skip
         build_tables(self.tables, *self.step_inputs, num_decodes=batch)
-        self.scratch = allocate_scratch(self.tables, hq, d)
+        planes = 0 if profile is None else page.value_planes
+        self.scratch = allocate_scratch(self.tables, hq, d, planes)
         self.query = torch.randn(batch, hq, d, dtype=page.dtype, device="cuda")
         self.out = torch.empty_like(self.query)
 
@@ -394,22 +404,23 @@ def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
 
 def measure_variant(
     shape: tuple[int, int, int, int], bits: int = 1, d: int = 128, dtype: str = "bfloat16",
-    kernel: str = "auto",
+    kernel: str = "auto", profile: tuple[Counts, Counts] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Decode in one of the other formats, with FlashAttention 3 over the same shape."""
     model = getattr(torch, dtype)
-    row: dict[str, Any] = {"shape": shape, "bits": bits, "head_size": d, "dtype": dtype,
-                           "kernel": kernel}  # fmt: skip
+    average = bits if profile is None else sum(map(sum, profile)) / (2 * d)
+    row: dict[str, Any] = {"shape": shape, "bits": average, "profile": profile, "head_size": d,
+                           "dtype": dtype, "kernel": kernel}  # fmt: skip
     row["fa3_16bit_us"] = time_flash(*shape, d, model)
     row["fa3_fp8_us"] = time_flash(*shape, d, torch.float8_e4m3fn)
-    decode = Decode(*shape, d, bits, model)
+    decode = Decode(*shape, d, bits, model, profile=profile)
     row["plain_us"] = decode.time(kernel=kernel)
     row["calibrated_us"] = decode.time((0.0, 3.0), kernel=kernel)
     del decode
     torch.cuda.empty_cache()
     print(
-        f"{name(shape):>18}  {bits} bit, D {d}, {dtype}, {kernel}: FA3 {row['fa3_16bit_us']:.1f}  "
-        f"fp8 {row['fa3_fp8_us']:.1f}  plain {row['plain_us']:.1f}  "
+        f"{name(shape):>18}  {average:g} bit, D {d}, {dtype}, {kernel}: "
+        f"FA3 {row['fa3_16bit_us']:.1f}  fp8 {row['fa3_fp8_us']:.1f}  plain {row['plain_us']:.1f}  "
         f"calibrated {row['calibrated_us']:.1f} us",
         flush=True,
     )

@@ -13,7 +13,13 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 (``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
 """
 
-from .decode import DecodeScratch, allocate_scratch, decode_attention, gluon_serves
+from .decode import (
+    MAX_VALUE_PLANES,
+    DecodeScratch,
+    allocate_scratch,
+    decode_attention,
+    gluon_serves,
+)
 from .merge import merge_parts
 from .metadata import StepTables, allocate_tables, build_tables
 from .prefill import prefill_attention
@@ -21,6 +27,7 @@ from .store import store
 from .tables import DeviceFormat, cache_words
 
 __all__ = [
+    "MAX_VALUE_PLANES",
     "DecodeScratch",
     "DeviceFormat",
     "StepTables",

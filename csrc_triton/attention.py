@@ -41,18 +41,31 @@ CALIBRATE = 2
 
 
 @triton.jit
+def _tile(slot, size, SLOTS: tl.constexpr):
+    """First sub-slot of the tile of a sub-slot, in a section of ``size`` planes, and how many."""
+    full = tl.where(size >= 256, 1, tl.where(size == 128, 2, 4))
+    first = slot // full * full
+    count = tl.minimum(full, SLOTS - first)
+    if SLOTS % 4 == 3:  # three sub-slots are a tile of two and one of one
+        last = (count == 3) & (slot - first == 2)
+        count = tl.where(count == 3, tl.where(last, 1, 2), count)
+        first = tl.where(last, slot, first)
+    return first, count
+
+
+@triton.jit
 def _whole_codes(
     p_words, start, token_end, D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
-    FULL: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """:func:`_codes` for 64 or 128 channels of equal width: a load for a word, not for a code."""
     BLOCKS: tl.constexpr = D // 8
     UNITS: tl.constexpr = 16 // BLOCKS  # (token group, bit) pairs in a word
     group = start // 8 + tl.arange(0, BT // 8)
     m_group = group * 8 < token_end
-    tile = group // (2 * FULL)
-    lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * (BITS * D) // 64
-    base = tile * (FULL * BITS * D // 2)
+    first, count = _tile(group // 2, D * BITS, SLOTS)
+    lane_words = count * (BITS * D) // 64
+    base = first * (BITS * D // 2)
     if TRANSPOSED:
         lane = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, 8)[None, :]
         o_half = tl.reshape(tl.arange(0, 2), [1, 1, 2, 1, 1])
@@ -63,7 +76,7 @@ def _whole_codes(
         o_block = tl.reshape(tl.arange(0, BLOCKS), [1, 1, BLOCKS, 1, 1])
     codes = tl.zeros([BT, D], tl.int32)
     for b in tl.static_range(BITS):
-        unit = (group - tile * (2 * FULL)) * BITS + b
+        unit = (group - first * 2) * BITS + b
         at = (base + unit // UNITS)[:, None, None] + lane[None, :, :] * lane_words[:, None, None]
         w = tl.load(p_words + at, mask=m_group[:, None, None], other=0)
         w = w >> ((unit % UNITS) * BLOCKS)[:, None, None]
@@ -79,30 +92,36 @@ def _whole_codes(
 def _codes(
     p_words, p_plane, start, token_end, o_d,
     D: tl.constexpr, MAX_BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
-    FULL: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Integer codes ``[BT, BD]`` of the tokens from ``start`` on (the order is in format.py)."""
     if WHOLE:
-        codes = _whole_codes(p_words, start, token_end, D, MAX_BITS, SLOTS, FULL, TRANSPOSED, BT)
+        codes = _whole_codes(p_words, start, token_end, D, MAX_BITS, SLOTS, TRANSPOSED, BT)
     else:
-        NB: tl.constexpr = PLANES // 8
         o_token = start + tl.arange(0, BT)
-        tile = o_token // (16 * FULL)
-        lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * PLANES // 64
-        group = o_token // 8 - tile * FULL * 2
-        base = tile * (FULL * PLANES // 2)
+        slot = (o_token // 16)[:, None]
         codes = tl.zeros([BT, o_d.shape[0]], tl.int32)
         for b in tl.static_range(MAX_BITS):
             plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
+            m = (o_token < token_end)[:, None] & (plane >= 0)[None, :]
+            # The section of a plane is the highest bit that the number of planes has and it lacks.
+            size = tl.full(plane.shape, 32, tl.int32)
+            for i in tl.static_range(6, 12):
+                if (PLANES >> i) & 1:
+                    size = tl.where((PLANES & ~plane) >> i > 0, 1 << i, size)
+            section = (PLANES & -(2 * size))[None, :]
+            plane = plane[None, :] - section
+            size = size[None, :]
+            first, count = _tile(slot, size, SLOTS)
             if TRANSPOSED:
-                row = (plane % 8)[None, :]
+                row = plane % 8
                 column = (o_token % 8)[:, None]
             else:
                 row = (o_token % 8)[:, None]
-                column = (plane % 8)[None, :]
-            pair = group[:, None] * NB + (plane // 8)[None, :]
-            word = base[:, None] + (row * 4 + column // 2) * lane_words[:, None] + pair // 16
-            m = (o_token < token_end)[:, None] & (plane >= 0)[None, :]
+                column = plane % 8
+            pair = ((o_token // 8)[:, None] - first * 2) * (size // 8) + plane // 8
+            word = (section * SLOTS + first * size) // 2 + pair // 16
+            word += (row * 4 + column // 2) * (count * size // 64)
             w = tl.load(p_words + word, mask=m, other=0)
             codes |= ((w >> ((column % 2) * 16 + pair % 16)) & 1) << b
     return codes
@@ -120,12 +139,10 @@ def _page_query(q, p_range, o_d, m_d, D: tl.constexpr, DOT: tl.constexpr):
 def _scores(
     qs, bias, p_page, p_plane, start, token_end, o_d,
     D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SLOTS: tl.constexpr,
-    FULL: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
+    DOT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[rows, tokens]`` against a page's keys (1/sqrt(D) is in the query)."""
-    codes = _codes(
-        p_page, p_plane, start, token_end, o_d, D, BITS, PLANES, SLOTS, FULL, False, BT, WHOLE
-    )
+    codes = _codes(p_page, p_plane, start, token_end, o_d, D, BITS, PLANES, SLOTS, False, BT, WHOLE)
     return tl.dot(qs, tl.trans(codes.to(tl.float32).to(DOT))) + bias[:, None]
 
 
@@ -149,8 +166,7 @@ def _attend_kernel(
     p_low, p_high, p_key_plane, p_value_plane, scale, tau_min, tau_max,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
-    VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, KEY_FULL: tl.constexpr,
-    VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
+    VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, RANGE_OFFSET: tl.constexpr,
     HALF: tl.constexpr, MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr,
     WHOLE: tl.constexpr,
     stride_os=0, stride_ls=0, splits=1,
@@ -207,7 +223,7 @@ def _attend_kernel(
                 m_token = start + o_t < token_end
                 s = _scores(
                     qs, bias, p_words + base // 2, p_key_plane, start, token_end, o_d,
-                    D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
+                    D, KEY_BITS, KEY_PLANES, SLOTS, DOT, BT, WHOLE,
                 )  # fmt: skip
                 low = tl.minimum(low, tl.min(tl.where(m_token[None, :], s, float("inf")), 1))
                 high = tl.maximum(high, tl.max(tl.where(m_token[None, :], s, float("-inf")), 1))
@@ -249,7 +265,7 @@ def _attend_kernel(
             m_token = start + o_t < token_end
             s = _scores(
                 qs, bias, p_words + base // 2, p_key_plane, start, token_end, o_d,
-                D, KEY_BITS, KEY_PLANES, SLOTS, KEY_FULL, DOT, BT, WHOLE,
+                D, KEY_BITS, KEY_PLANES, SLOTS, DOT, BT, WHOLE,
             )  # fmt: skip
             if MODE == 2:
                 s = s * slope[:, None] + shift[:, None]
@@ -260,7 +276,7 @@ def _attend_kernel(
             l_tile = tl.sum(p, 1)
             codes = _codes(
                 p_words + base // 2 + SLOTS * KEY_PLANES // 2, p_value_plane, start, token_end, o_d,
-                D, VALUE_BITS, VALUE_PLANES, SLOTS, VALUE_FULL, True, BT, WHOLE,
+                D, VALUE_BITS, VALUE_PLANES, SLOTS, True, BT, WHOLE,
             )  # fmt: skip
             pv = tl.dot(p.to(DOT), codes.to(tl.float32).to(DOT))
             acc = acc * alpha[:, None] + pv * vs[None, :] + l_tile[:, None] * vo[None, :]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from vllm_calibquant.format import PageFormat
+
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .merge import _merge_splits_kernel
 from .metadata import StepTables
@@ -14,6 +16,7 @@ from .tables import DeviceFormat, cache_words, pipeline_stages
 
 try:
     from .decode_gluon import _decode_kernel
+    from .decode_profile_gluon import _decode_kernel as _profile_kernel
 
     GLUON = True
 except ImportError:  # a Triton without Gluon: the plain kernels serve everything
@@ -22,6 +25,8 @@ except ImportError:  # a Triton without Gluon: the plain kernels serve everythin
 MAX_REGISTERS = {ATTEND: 168, EXTREMES: 112, CALIBRATE: 168}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
 
+MAX_KEY_PLANES, MAX_VALUE_PLANES = 384, 256
+"""Most planes of a part that the kernel for components of any width has registers for."""
 
 SCORE_BYTES = 32 << 20
 """Most bytes of scores that are kept between the passes of calibration: they stay in L2."""
@@ -39,7 +44,8 @@ class DecodeScratch:
     Attributes
     ----------
     out : torch.Tensor
-        float32 ``[max_items, Hq, D]``: normalised partial output of an item.
+        float32 ``[max_items, Hq, D]``: normalised partial output of an item; wider if it is one
+        number for each plane (:mod:`csrc_triton.merge`).
     lse, low, high : torch.Tensor
         float32 ``[max_items, Hq]``: its log-sum-exp, smallest and largest score.
     scores : torch.Tensor
@@ -55,8 +61,20 @@ class DecodeScratch:
     scores: torch.Tensor
 
 
-def allocate_scratch(tables: StepTables, num_heads: int, head_size: int) -> DecodeScratch:
-    """Allocate the buffers of :func:`decode_attention`; ``num_heads`` query heads of this rank."""
+def allocate_scratch(
+    tables: StepTables, num_heads: int, head_size: int, value_planes: int = 0
+) -> DecodeScratch:
+    """Allocate the buffers of :func:`decode_attention`.
+
+    Parameters
+    ----------
+    tables
+        Tables of the steps.
+    num_heads, head_size
+        Query heads of this rank and their size.
+    value_planes
+        Most planes of V of a format whose components differ in width; 0 if there is none.
+    """
     shape = (tables.max_items, num_heads)
     device = tables.plan.device
     page_tokens = tables.page_rows.shape[1]
@@ -64,7 +82,7 @@ def allocate_scratch(tables: StepTables, num_heads: int, head_size: int) -> Deco
     if num_heads != tables.num_kv_heads:
         score_runs = 0
     return DecodeScratch(
-        out=torch.empty(*shape, head_size, dtype=torch.float32, device=device),
+        out=torch.empty(*shape, value_planes + head_size, dtype=torch.float32, device=device),
         lse=torch.empty(shape, dtype=torch.float32, device=device),
         low=torch.empty(shape, dtype=torch.float32, device=device),
         high=torch.empty(shape, dtype=torch.float32, device=device),
@@ -141,7 +159,17 @@ def decode_attention(
     use_gluon = kernel != "triton" and gluon_serves(fmt, group, query.device)
     if kernel == "gluon" and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
-    split = _split_gluon if use_gluon else _split_triton
+    planes = 0
+    if not use_gluon:
+        split = _split_triton
+    elif serves_uniform(fmt):
+        split = _split_gluon
+    else:
+        split, planes = _split_profile, fmt.page.value_planes
+    if scratch.out.shape[2] < planes + d:
+        raise ValueError(
+            f"scratch for {scratch.out.shape[2] - d} planes of V, and pages have {planes}"
+        )
     split(tables, scratch, fmt, query, kv_cache, scale, calibration)
     # A launch that waits for two others starts when both have ended.
     pdl = use_gluon and text_stream is None and dependent_launch(query.device)
@@ -154,22 +182,37 @@ def decode_attention(
         scratch.out, scratch.lse, tables.item_start, 0,
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
-        NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, BI=16, PDL=pdl, num_warps=2,
+        fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
+        HAS_LSE=lse is not None, BI=16, PDL=pdl, PLANES=planes,
+        BITS=fmt.value_plane.shape[0] if planes else 0, num_warps=2,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
-    """Whether the Gluon decode kernel serves a format, query group and device."""
+    """Whether a Gluon decode kernel serves a format, query group and device."""
     return (
         GLUON
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and fmt.uniform_bits in (1, 2, 4)
         and fmt.page.head_size in (64, 128)
-        and group <= 16
+        and (
+            (serves_uniform(fmt) and group <= 16)
+            or (
+                group <= 8
+                and fmt.key_pairs is not None
+                and fmt.value_pairs is not None
+                and fmt.page.key_planes <= MAX_KEY_PLANES
+                and fmt.page.value_planes <= MAX_VALUE_PLANES
+            )
+        )
     )
+
+
+def serves_uniform(fmt: DeviceFormat) -> bool:
+    """Whether the kernel for components of one width serves a format."""
+    page, bits = fmt.page, fmt.uniform_bits
+    return bits in (1, 2, 4) and page.slots == PageFormat.uniform(page.head_size, bits).slots
 
 
 def dependent_launch(device: torch.device) -> bool:
@@ -207,6 +250,36 @@ def _split_gluon(
         )  # fmt: skip
 
 
+def _split_profile(
+    tables: StepTables,
+    scratch: DecodeScratch,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+    calibration: tuple[float, float] | None,
+) -> None:
+    _, num_heads, d = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    tau_min, tau_max = calibration or (0.0, 0.0)
+    pdl = dependent_launch(query.device)
+    page = fmt.page
+    for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        _profile_kernel[(num_kv_heads, tables.target_programs)](
+            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+            kv_cache.stride(0), kv_cache.stride(1),
+            tables.runs, tables.runs.stride(0),
+            tables.items, tables.item_start, tables.program_item, tables.plan,
+            scratch.out, scratch.lse, scratch.low, scratch.high,
+            fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
+            NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, N=8, D=d,
+            KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
+            RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, PDL=pdl,
+            num_warps=1, maxnreg=MAX_REGISTERS[mode],
+            **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
+        )  # fmt: skip
+
+
 def _split_triton(
     tables: StepTables,
     scratch: DecodeScratch,
@@ -226,14 +299,11 @@ def _split_triton(
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, tables.num_runs, 0,
             tables.items, tables.plan, tables.item_start,
-            scratch.out, scratch.out.stride(0), scratch.out.stride(1),
-            scratch.lse, num_heads, 1,
+            scratch.out, num_heads * d, d, scratch.lse, num_heads, 1,
             scratch.low, scratch.high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
             D=d, BD=bd, GROUP=num_heads // kv_cache.shape[1], BM=16, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
-            KEY_FULL=page.tile_slots(page.key_planes),
-            VALUE_FULL=page.tile_slots(page.value_planes),
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots,
             MODE=mode, DECODE=True, DOT=DOT_DTYPE,
             WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,

@@ -198,6 +198,36 @@ def probabilities(s, factor, shift, B: gl.constexpr):
 
 
 @gluon.jit
+def flushed_exp2(x):
+    """2**x in one instruction; what is less than 2**-126 is 0."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def flushed_probabilities(s, factor, shift, B: gl.constexpr):
+    """:func:`probabilities` by :func:`flushed_exp2`."""
+    N: gl.constexpr = s.shape[1]
+    p = flushed_exp2(s * factor[None, :] + shift[None, :])
+    x = transpose_8x8(p.to(gl.bfloat16))
+    x = x.reshape([s.shape[0] // 8, 8, N // 8, 8]).permute((0, 3, 2, 1)).reshape(s.shape)
+    return p, gl.convert_layout(x, B, assert_trivial=True)
+
+
+@gluon.jit
+def repeat_rows(bias, COUNT: gl.constexpr, MMA: gl.constexpr):
+    """Equal rows [16, N] as the accumulator [16 COUNT, N] that scores start from."""
+    N: gl.constexpr = bias.shape[1]
+    out = bias
+    if COUNT >= 2:
+        out = gl.join(out, out).permute((2, 0, 1)).reshape([32, N])
+    if COUNT == 4:
+        out = gl.join(out, out).permute((2, 0, 1)).reshape([64, N])
+    return gl.convert_layout(out, MMA, assert_trivial=True)
+
+
+@gluon.jit
 def group_scores(
     words, q, bias,
     COUNT: gl.constexpr, BITS: gl.constexpr, MMA: gl.constexpr, A: gl.constexpr, D: gl.constexpr,
@@ -209,12 +239,7 @@ def group_scores(
     """
     TOKENS: gl.constexpr = 16 * COUNT
     N: gl.constexpr = q.shape[1]
-    start = bias
-    if COUNT >= 2:
-        start = gl.join(start, start).permute((2, 0, 1)).reshape([32, N])
-    if COUNT == 4:
-        start = gl.join(start, start).permute((2, 0, 1)).reshape([64, N])
-    start = gl.convert_layout(start, MMA, assert_trivial=True)
+    start = repeat_rows(bias, COUNT, MMA)
     if BITS > 1:
         s = gl.zeros([TOKENS, N], gl.float32, MMA)
         for b in gl.static_range(BITS - 1):

@@ -2,6 +2,9 @@
 
 ``out = sum_i w_i out_i / sum_i w_i`` with ``w_i = exp(lse_i - max lse)``.  One kernel merges the
 splits of a decode step with the text part; another merges up to three parts of a prefill step.
+
+A split of :mod:`csrc_triton.decode_profile_gluon` has a number for each plane of V, which add up to
+those of components here, ``PLANES`` of them before one for the offset of each component.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from triton.language.extra.cuda import gdc_wait
 def _merge_splits_kernel(
     p_part, p_part_lse, p_item_start, first_req,
     p_text, stride_tt, stride_th, p_text_lse, stride_lh,
-    p_out, stride_ot, stride_oh, p_lse, stride_eh,
+    p_out, stride_ot, stride_oh, p_lse, stride_eh, p_plane,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -46,7 +50,12 @@ def _merge_splits_kernel(
         at = o_i * NUM_HEADS + i_head
         lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
         m = m_item[:, None] & m_d[None, :]
-        x = tl.load(p_part + at[:, None] * D + o_d[None, :], mask=m, other=0).to(tl.float32)
+        p_x = p_part + at[:, None] * (PLANES + D)
+        x = tl.load(p_x + PLANES + o_d[None, :], mask=m, other=0).to(tl.float32)
+        for b in tl.static_range(BITS):
+            plane = tl.load(p_plane + b * D + o_d, mask=m_d, other=-1)
+            m_bit = m & (plane >= 0)[None, :]
+            x += tl.load(p_x + plane[None, :], mask=m_bit, other=0) * (1 << b)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
         old = tl.exp(m_i - m_safe)

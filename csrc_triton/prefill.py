@@ -181,10 +181,8 @@ def prefill_attention(
             D=d, BD=bd, GROUP=group, BM=block, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
-            KEY_FULL=page.tile_slots(page.key_planes),
-            VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
-            HALF=tables.half_slots, MODE=mode, DECODE=False, DOT=DOT_DTYPE,
-            WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
+            RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=False,
+            DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
             stride_os=stride_os, stride_ls=stride_ls, splits=splits, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip

@@ -25,6 +25,8 @@ from .fragments import (
     calibration,
     exponent,
     fetch,
+    flushed_exp2,
+    flushed_probabilities,
     fold_max,
     fold_min,
     fold_sum,
@@ -38,7 +40,6 @@ from .fragments import (
     num_groups,
     pow2,
     query_weight,
-    transpose_8x8,
     value_operand,
 )
 from .gluon_compat import reinterpret
@@ -56,23 +57,6 @@ _P_UNIT = gl.constexpr(2.0**-60)
 
 _LEAST = gl.constexpr(2.0**-20)
 """Unit of a channel of scale 0: small, because rounded probabilities leave a rest of their sum."""
-
-
-@gluon.jit
-def _exp2(x):
-    """2**x in one instruction; what is less than 2**-126 is 0."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _probabilities(s, factor, shift, B: gl.constexpr):
-    """2**(s * factor + shift): float32 for the sum, and the B operand [tokens, N]."""
-    p = _exp2(s * factor[None, :] + shift[None, :])
-    x = transpose_8x8(p.to(gl.bfloat16))
-    x = x.reshape([s.shape[0] // 8, 8, _N // 8, 8]).permute((0, 3, 2, 1)).reshape(s.shape)
-    return p, gl.convert_layout(x, B, assert_trivial=True)
 
 
 # One compilation for all steps: what changes from step to step is not specialised.
@@ -210,13 +194,13 @@ def _prefill_kernel(
                     top = gl.max(fold_max(s, MMA), 0) * unit
                     if gl.max(top - m_i, 0) > _SLACK:
                         m_new = gl.maximum(m_i, top)
-                        alpha = _exp2(m_i - m_new)
+                        alpha = flushed_exp2(m_i - m_new)
                         m_i = m_new
                         acc = acc * alpha[None, :]
                         total = total * alpha[None, :]
                         l_i = l_i * alpha
                     shift = _P_EXP - m_i
-                p, b = _probabilities(s, factor, shift, B)
+                p, b = flushed_probabilities(s, factor, shift, B)
                 total += fold_sum(p, MMA)
                 words = load_group(
                     values, D, BITS, group_first(SLOTS, SLOTS, 0, g), group_size(SLOTS, SLOTS, 0, g)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_calibquant.format import PageFormat
+from vllm_calibquant.format import PageFormat, tile_slots
 
 from .metadata import StepTables
 from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words
@@ -148,7 +148,6 @@ def _store_visual(
     BD: tl.constexpr,
     PLANES: tl.constexpr,
     SLOTS: tl.constexpr,
-    FULL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     QUANTILE: tl.constexpr,
     BT: tl.constexpr,
@@ -206,27 +205,45 @@ def _store_visual(
         tl.store(p_codes + (first + o_n)[:, None] * D + o_d[None, :], codes, mask=m_x)
     tl.debug_barrier()
 
-    NB: tl.constexpr = PLANES // 8
-    TILE_WORDS: tl.constexpr = FULL * PLANES // 2
-    WORDS: tl.constexpr = SLOTS * PLANES // 2
+    for i in tl.static_range(5, 12):
+        if (PLANES >> i) & 1:
+            _pack_section(p_codes, p_source, p_words, n, D, PLANES, 1 << i, SLOTS, TRANSPOSED, BW)
+
+
+@triton.jit
+def _pack_section(
+    p_codes, p_source, p_words, n,
+    D: tl.constexpr, PLANES: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Words of a section of SIZE planes, from codes of a byte each."""
+    first_plane: tl.constexpr = PLANES & -(2 * SIZE)  # the larger sections come before
+    p_words += first_plane * SLOTS // 2
+    FULL: tl.constexpr = 1 if SIZE >= 256 else 2 if SIZE == 128 else 4
+    WORDS: tl.constexpr = SLOTS * SIZE // 2
     for start in range(0, WORDS, BW):
         o_w = start + tl.arange(0, BW)
-        tile = o_w // TILE_WORDS
-        lane_words = tl.minimum(FULL, SLOTS - tile * FULL) * PLANES // 64
-        inside = o_w - tile * TILE_WORDS
-        lane = inside // tl.maximum(lane_words, 1)
+        first = o_w // (FULL * SIZE // 2) * FULL
+        count = tl.minimum(FULL, SLOTS - first)
+        if FULL == 4 and SLOTS % 4 == 3:  # three sub-slots are a tile of two and one of one
+            last = (count == 3) & (o_w - first * (SIZE // 2) >= SIZE)
+            count = tl.where(count == 3, tl.where(last, 1, 2), count)
+            first += tl.where(last, 2, 0)
+        lane_words = tl.maximum(count * SIZE // 64, 1)
+        inside = o_w - first * (SIZE // 2)
+        lane = inside // lane_words
         word = inside - lane * lane_words
         out = tl.zeros([BW], tl.int32)
         for i in range(32):
             half = i // 16
             pair = word * 16 + i % 16
-            group = tile * (FULL * 2) + pair // NB
+            group = first * 2 + pair // (SIZE // 8)
             if TRANSPOSED:
                 token = group * 8 + 2 * (lane % 4) + half
-                plane = (pair % NB) * 8 + lane // 4
+                plane = first_plane + (pair % (SIZE // 8)) * 8 + lane // 4
             else:
                 token = group * 8 + lane // 4
-                plane = (pair % NB) * 8 + 2 * (lane % 4) + half
+                plane = first_plane + (pair % (SIZE // 8)) * 8 + 2 * (lane % 4) + half
             m = (o_w < WORDS) & (token < n)
             component = tl.load(p_source + plane, mask=m, other=0)
             bit = tl.load(p_source + PLANES + plane, mask=m, other=-1)
@@ -280,7 +297,7 @@ def _store_kernel(
     p_key_levels, p_value_levels, alpha, p_scratch,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     KEY_PLANES: tl.constexpr, VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr,
-    KEY_FULL: tl.constexpr, VALUE_FULL: tl.constexpr, RANGE_OFFSET: tl.constexpr,
+    RANGE_OFFSET: tl.constexpr,
     QUANTILE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
@@ -303,7 +320,7 @@ def _store_kernel(
                     p_words + base // 2, p_cache + base + RANGE_OFFSET, p_codes,
                     p_key_source, p_key_clip, p_key_mix, p_key_levels, alpha,
                     p_page_tokens, p_page_rows,
-                    D, BD, KEY_PLANES, SLOTS, KEY_FULL, False, QUANTILE, BT, BN, BC, BW,
+                    D, BD, KEY_PLANES, SLOTS, False, QUANTILE, BT, BN, BC, BW,
                 )  # fmt: skip
             else:
                 _store_visual(
@@ -312,7 +329,7 @@ def _store_kernel(
                     p_cache + base + RANGE_OFFSET + 2 * D, p_codes,
                     p_value_source, p_value_clip, p_value_mix, p_value_levels, alpha,
                     p_page_tokens, p_page_rows,
-                    D, BD, VALUE_PLANES, SLOTS, VALUE_FULL, True, QUANTILE, BT, BN, BC, BW,
+                    D, BD, VALUE_PLANES, SLOTS, True, QUANTILE, BT, BN, BC, BW,
                 )  # fmt: skip
 
 
@@ -392,8 +409,7 @@ def store(
         fmt.key_source, fmt.value_source, fmt.key_clips, fmt.value_clips,
         fmt.key_mixes, fmt.value_mixes, fmt.key_levels, fmt.value_levels, quantile or 0.0, scratch,
         KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes,
-        SLOTS=page.slots, KEY_FULL=page.tile_slots(page.key_planes),
-        VALUE_FULL=page.tile_slots(page.value_planes), RANGE_OFFSET=page.range_offset // 2,
+        SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
         **sizes, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -452,7 +468,7 @@ def gluon_constants(fmt: DeviceFormat) -> dict[str, int]:
         "D": page.head_size,
         "BITS": bits,
         "SLOTS": page.slots,
-        "FULL": page.tile_slots(page.key_planes),
+        "FULL": tile_slots(page.key_planes),
         "RANGE_OFFSET": page.range_offset // 2,
         "BR": BLOCK,
         "NUM_WARPS": 8 // bits,

@@ -42,6 +42,9 @@ class DeviceFormat:
         int32 ``[max bits, D]``: the plane of bit b of component j, or -1.
     key_source, value_source : torch.Tensor
         int32 ``[2, P]``: component and bit of every plane; bit -1 for a padding plane.
+    key_pairs, value_pairs : torch.Tensor or None
+        int32 ``[P / 2]``: which pair of components two neighbouring planes belong to; None if
+        there are neighbours that are no such pair.
     key_clips, value_clips, key_mixes, value_mixes : torch.Tensor
         float32 ``[D]``: a and b of each component.
     key_levels, value_levels : torch.Tensor
@@ -64,6 +67,8 @@ class DeviceFormat:
     value_plane: torch.Tensor = field(init=False, repr=False, compare=False)
     key_source: torch.Tensor = field(init=False, repr=False, compare=False)
     value_source: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_pairs: torch.Tensor | None = field(init=False, repr=False, compare=False)
+    value_pairs: torch.Tensor | None = field(init=False, repr=False, compare=False)
     key_clips: torch.Tensor = field(init=False, repr=False, compare=False)
     value_clips: torch.Tensor = field(init=False, repr=False, compare=False)
     key_mixes: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -85,6 +90,7 @@ class DeviceFormat:
             object.__setattr__(self, f"{name}_plane", _plane_table(bits).to(self.device))
             source = torch.stack(plane_map(bits)).to(torch.int32).to(self.device)
             object.__setattr__(self, f"{name}_source", source)
+            object.__setattr__(self, f"{name}_pairs", _pairs(source))
             object.__setattr__(self, f"{name}_levels", levels)
 
     @property
@@ -101,6 +107,15 @@ def _plane_table(bits: tuple[int, ...]) -> torch.Tensor:
     planes = torch.arange(len(bit), dtype=torch.int32)
     table[bit[real], component[real]] = planes[real]
     return table
+
+
+def _pairs(source: torch.Tensor) -> torch.Tensor | None:
+    even, odd = source[0, ::2], source[0, 1::2]
+    padding = source[1] < 0
+    paired = (even % 2 == 0) & (odd == even + 1) | padding[::2]
+    if (padding[::2] != padding[1::2]).any() or not paired.all():
+        return None
+    return even // 2
 
 
 def pipeline_stages(fmt: DeviceFormat) -> int:

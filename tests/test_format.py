@@ -143,15 +143,21 @@ class BitReader:
     def code_bit(self, part: str, token: int, plane: int) -> int:
         """One code bit."""
         planes = len(self.planes[part])
-        full = 2 if planes % 64 else max(1, 256 // planes)
-        sub_slot = token // 16
-        tile = sub_slot // full
-        tile_slots = min(full, self.slots - tile * full)
         start = 0 if part == "K" else self.slots * 2 * len(self.planes["K"])
-        start += tile * full * 2 * planes  # a sub-slot has 16 tokens, so 2 bytes a plane
-        words_of_lane = tile_slots * 2 * planes // 4 // 32
-        token_group = (token - tile * full * 16) // 8
-        pair = token_group * (planes // 8) + plane // 8
+        size = 1 << planes.bit_length() - 1
+        while plane >= size:  # a section before
+            start += self.slots * 2 * size
+            planes, plane = planes - size, plane - size
+            size = 1 << planes.bit_length() - 1
+        tile_slots = {32: 4, 64: 4, 128: 2}.get(size, 1)
+        begin = token // (16 * tile_slots) * tile_slots
+        while begin + tile_slots > self.slots:  # the end of a page goes in tiles of 2 and 1
+            tile_slots //= 2
+            begin = token // (16 * tile_slots) * tile_slots
+        start += begin * 2 * size  # a sub-slot has 16 tokens, so 2 bytes a plane
+        words_of_lane = tile_slots * 2 * size // 4 // 32
+        token_group = (token - begin * 16) // 8
+        pair = token_group * (size // 8) + plane // 8
         if part == "K":
             lane, half = 4 * (token % 8) + plane % 8 // 2, plane % 2
         else:

@@ -25,13 +25,15 @@ ordered by bit, then by channel: plane ``p`` is bit ``p // D`` of channel ``p % 
 channels have the same width (:func:`plane_map`). The number of planes is padded to a multiple of
 32.
 
-**Order of the code bits.**  Tokens go in groups of 8, planes in blocks of 8.  A *tile* is as many
-sub-slots as give each of 32 lanes 16 bytes (4, 2 or 1 sub-slots for 64, 128 or 256 planes), one for
-more planes, and two where planes are not a multiple of 64, so that lanes have whole words; the
-last tile of a page may have fewer.  A page has at most 14 sub-slots, which is what block ids can
-name, and in the case of two an even number. Lane ``l`` of a tile owns consecutive 32-bit words.
-With ``nb`` plane blocks, the pair ``e = token_group * nb + plane_block`` sits in word ``e // 16``
-at bit ``e % 16`` of the low half-word and of the high half-word, and stands for two code bits:
+**Order of the code bits.**  Tokens go in groups of 8, planes in blocks of 8.  The planes of a part
+lie in *sections*, one after the other, whose sizes are powers of two, the largest first: 192 planes
+are sections of 128 and 64.  The sub-slots of a section go in *tiles* of as many as give each of 32
+lanes 16 bytes, at most 4 (4, 2 or 1 for 64, 128 or 256 planes); what is left at the end of a page
+goes in tiles of 2 and 1.  A page has at most 14 sub-slots, which is what block ids can name, and an
+even number if there is a section of 32 planes, so that lanes have whole words.  Lane ``l`` of a
+tile owns consecutive 32-bit words.  With ``nb`` plane blocks in the section, the pair
+``e = token_group * nb + plane_block`` sits in word ``e // 16`` at bit ``e % 16`` of the low
+half-word and of the high half-word, and stands for two code bits:
 
 =====  =============================  ==================================  =======================
 part   token within its group of 8    plane within its block of 8         low half, high half
@@ -205,10 +207,6 @@ class PageFormat:
         """Bytes that one visual token takes in a full page, K and V of one KV head."""
         return self.head_bytes / self.tokens
 
-    def tile_slots(self, planes: int) -> int:
-        """Sub-slots in a full tile of a part with ``planes`` planes."""
-        return tile_slots(planes)
-
     # Whole pages.
 
     def pack(
@@ -282,11 +280,26 @@ class PageFormat:
         return torch.nn.functional.pad(planes, (0, 0, 0, missing))
 
 
+def sections(planes: int) -> tuple[int, ...]:
+    """Sizes of the sections of a part: powers of two, the largest first."""
+    return tuple(1 << i for i in reversed(range(planes.bit_length())) if planes >> i & 1)
+
+
 def tile_slots(planes: int) -> int:
-    """Sub-slots in a full tile: as many as give each lane 16 bytes, but at least one."""
-    if planes % 64:
-        return 2
-    return max(1, 256 // planes)
+    """Sub-slots in a full tile of a section: as many as give each lane 16 bytes, 1 to 4."""
+    return min(max(1, 256 // planes), 4)
+
+
+def tiles(slots: int, planes: int) -> list[tuple[int, int]]:
+    """First sub-slot and number of sub-slots of the tiles of a section."""
+    out, first, size = [], 0, tile_slots(planes)
+    while first < slots:
+        if first + size > slots:
+            size //= 2
+        else:
+            out.append((first, size))
+            first += size
+    return out
 
 
 def codes_to_planes(codes: torch.Tensor, bits: tuple[int, ...]) -> torch.Tensor:
@@ -311,21 +324,24 @@ def _bit_positions(slots: int, planes: int, transposed: bool) -> torch.Tensor:
     Returns int64 ``[slots * 16 * planes]``: for each (token, plane) in row-major order, the index
     of its bit in the part, counting bits of a byte and bytes of a word from the low end.
     """
-    token, plane = torch.meshgrid(
-        torch.arange(slots * 2 * GROUP), torch.arange(planes), indexing="ij"
-    )
-    full = tile_slots(planes)
-    slot = token // (2 * GROUP)
-    tile = slot // full
-    slots_here = torch.minimum(torch.full_like(tile, full), slots - tile * full)
-    group = token // GROUP - tile * full * 2
-    in_token, in_plane = token % GROUP, plane % GROUP
-    row, column = (in_plane, in_token) if transposed else (in_token, in_plane)
-    lane, half = row * 4 + column // 2, column % 2
-    pair = group * (planes // GROUP) + plane // GROUP
-    words = slots_here * planes // 64  # a lane's words in this tile
-    word = tile * full * LANES * planes // 64 + lane * words + pair // 16
-    return (word * 32 + half * 16 + pair % 16).flatten()
+    where = torch.empty(slots * 2 * GROUP, planes, dtype=torch.int64)
+    first_plane = 0
+    for size in sections(planes):
+        for first, count in tiles(slots, size):
+            token, plane = torch.meshgrid(
+                torch.arange(count * 2 * GROUP), torch.arange(size), indexing="ij"
+            )
+            in_token, in_plane = token % GROUP, plane % GROUP
+            row, column = (in_plane, in_token) if transposed else (in_token, in_plane)
+            lane, half = row * 4 + column // 2, column % 2
+            pair = token // GROUP * (size // GROUP) + plane // GROUP
+            words = count * size // 64  # of a lane
+            begin = slots * first_plane // 2 + first * size // 2
+            bit = (begin + lane * words + pair // 16) * 32 + half * 16 + pair % 16
+            rows = slice(first * 2 * GROUP, (first + count) * 2 * GROUP)
+            where[rows, first_plane : first_plane + size] = bit
+        first_plane += size
+    return where.flatten()
 
 
 def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:

@@ -31,6 +31,11 @@ def make_format(
     return DeviceFormat(page, device, *clips)
 
 
+def counted_bits(head_size: int, *counts: int) -> tuple[int, ...]:
+    """Bits of components of which ``counts[b]`` have more than b, the first ones."""
+    return tuple(sum(n > j for n in counts) for j in range(head_size))
+
+
 def make_format_on(fmt: DeviceFormat, device: str) -> DeviceFormat:
     """The same format with its tables on another device."""
     return DeviceFormat(fmt.page, device, fmt.key_clip, fmt.value_clip, fmt.key_mix, fmt.value_mix)

@@ -208,6 +208,8 @@ def assembly(text: str, constraints: str, args: list, **options: Any) -> Tensor:
         return Tensor((args[0].float() * args[1].float()).bfloat16())
     if text.startswith("ex2.approx"):
         return Tensor(torch.exp2(args[0]))
+    if text.startswith("rcp.approx"):
+        return Tensor(1 / args[0])
     if text.startswith("div.rn.f32"):
         return Tensor(args[0] / args[1])
     if ".bf16x2" in text or ".f16x2" in text:  # two numbers in a word

@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 
 from csrc_triton import attention, decode, merge, metadata
 from csrc_triton.store import STORE_REGISTERS, _store_kernel, block_constants, gluon_constants
-from tests.kernels.cases import make_format
+from tests.kernels.cases import counted_bits, make_format
+from tests.kernels.interpreted import test_decode
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions cannot be compiled"
@@ -60,8 +61,7 @@ def page_constants(fmt):
     page = fmt.page
     return {
         "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": page.slots,
-        "KEY_FULL": page.tile_slots(page.key_planes),
-        "VALUE_FULL": page.tile_slots(page.value_planes), "RANGE_OFFSET": page.range_offset // 2,
+        "RANGE_OFFSET": page.range_offset // 2,
     }  # fmt: skip
 
 
@@ -130,8 +130,10 @@ def test_attention(capability, mode, prefill, head_size):
 
 def test_merge():
     splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
-              "BI": 8, "PDL": False}  # fmt: skip
+              "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
+    planes = {"D": 128, "PLANES": 160, "BITS": 3}
+    compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=1)
     parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
 
@@ -188,6 +190,41 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     assert len(re.findall(r"\bLOP3\b", sass)) < 4 * steps * parts * slots * bits + 100
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     assert spills < (256 if wide else 32), "registers spill to local memory"
+
+
+@pytest.mark.parametrize(
+    ("capability", "mode", "case"),
+    [
+        (90, attention.ATTEND, "192 + 128 planes"),
+        (90, attention.CALIBRATE, "160 + 96 planes"),
+        (80, attention.EXTREMES, "256 + 128 planes"),
+        (80, attention.ATTEND, "64 + 160 planes, 64 channels"),
+    ],
+)
+def test_gluon_decode_profile(capability, mode, case, tmp_path):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.decode_profile_gluon import _decode_kernel
+
+    head_size, key, value, slots, group = test_decode.PROFILES[case]
+    page = make_format(head_size, tuple(counted_bits(head_size, *c) for c in (key, value))).page
+    constants = {
+        "NUM_HEADS": 4 * group, "GROUP": group, "N": 8, "D": head_size,
+        "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": slots,
+        "RANGE_OFFSET": page.range_offset // 2, "HALF": metadata.half_slots(slots), "MODE": mode,
+        "PDL": capability >= 90,
+    }  # fmt: skip
+    compiled = compile_kernel(
+        _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
+        maxnreg=decode.max_registers(mode, group),
+    )  # fmt: skip
+    assert compiled.metadata.shared + 1024 <= 227 * 1024 // 11, "eleven warps a multiprocessor"
+    sass = disassembly(compiled, tmp_path)
+    products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
+    planes = page.key_planes + (mode != attention.EXTREMES) * page.value_planes
+    signs = page.key_planes // 128  # what the last bits of half-words need
+    assert products == head_size // 16 + signs + slots * planes // 16
+    assert len(re.findall(r"\bLOP3\b", sass)) < slots * planes // 4 + 150
+    assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) < 64, "registers spill to local memory"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc_triton import DeviceFormat
-from tests.kernels.cases import make_format
+from tests.kernels.cases import counted_bits, make_format
 from tests.kernels.interpreted import test_decode, test_prefill, test_store
 from vllm_calibquant.format import PageFormat
 
@@ -52,6 +52,19 @@ def test_decode_head_sizes(head_size, bits, calibration):
 def test_decode_widths(bits, group):
     test_decode.run(make_format(128, bits), group=group, plans=LONG, calibration=(0.0, 3.0),
                     kernel="auto", device="cuda")  # fmt: skip
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("sms", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("case", test_decode.PROFILES)
+def test_decode_profile(case, kernel, dtype, sms, calibration):
+    head_size, key, value, _, group = test_decode.PROFILES[case]
+    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    test_decode.run(make_format(head_size, bits, dtype), group=group, plans=LONG,
+                    calibration=calibration, spread=2.0, kernel=kernel, device="cuda",
+                    sms=sms)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -110,5 +123,8 @@ def test_prefill_shares_of_a_context(head_size, bits, splits, kernel, calibratio
     )
 
 
-def test_graph_replays_follow_the_tables():
-    test_decode.run_graph(make_format(128), group=7, heads=4)
+@pytest.mark.parametrize("profile", [False, True])
+def test_graph_replays_follow_the_tables(profile):
+    _, key, value, _, _ = test_decode.PROFILES["160 + 96 planes"]
+    bits = (counted_bits(128, *key), counted_bits(128, *value)) if profile else 1
+    test_decode.run_graph(make_format(128, bits), group=7, heads=4)

@@ -144,11 +144,14 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             num_kv_heads=kv_cache_spec.num_kv_heads,
             device=device,
         )
-        scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim)
         text_stream = torch.cuda.Stream(device)
         self.step = Step()
         bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        # While a profile is searched for, widths change.
+        in_basis = any(layer.impl.codec.basis is not None for layer in layers.values())
+        planes = kernels.MAX_VALUE_PLANES if in_basis else 0
+        scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim, planes)
         for layer in layers.values():
             layer.impl.tables = self.tables
             layer.impl.scratch = scratch

@@ -23,6 +23,15 @@ PLANS = [
     [1],  # one token
 ]
 
+PROFILES = {
+    "192 + 128 planes": (128, (98, 60, 26, 8), (88, 30, 10), 11, 7),
+    "160 + 96 planes": (128, (92, 46, 22), (66, 20, 8, 2), 14, 1),
+    "256 + 128 planes": (128, (118, 80, 40, 18), (100, 28), 9, 4),
+    "64 + 160 planes, 64 channels": (64, (38, 20, 6), (60, 54, 34, 12), 8, 8),
+    "192 + 64 planes, 64 channels": (64, (64, 60, 50, 18), (42, 16, 6), 7, 3),
+}
+"""Head size, components with more than 0, 1, 2, 3 bits of K and V, sub-slots, query group."""
+
 
 def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3,
         kernel="triton", device="cpu", spread=1.0):  # fmt: skip
@@ -62,7 +71,7 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
         want_lse.append(lse)
         text_out.append(text[0])
         text_lse.append(text[1])
-    scratch = allocate_scratch(tables, hq, d)
+    scratch = allocate_scratch(tables, hq, d, 0 if fmt.uniform_bits else fmt.page.value_planes)
     for x in (scratch.out, scratch.lse, scratch.low, scratch.high):
         x.fill_(float("nan"))
     out = torch.full((b, hq, d), float("nan"), dtype=fmt.page.dtype, device=device)
@@ -94,7 +103,7 @@ def test_query_groups(group, calibration):
     run(make_format(64), group=group, calibration=calibration, spread=3.0)
 
 
-@pytest.mark.parametrize("bits", [2, 4, ((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)])
+@pytest.mark.parametrize("bits", [2, 4, ((4, 3, 3, 2) * 16, (2, 1, 1, 0) * 16)])
 def test_widths(bits):
     run(make_format(64, bits), group=3, calibration=(0.0, 3.0), plans=PLANS[:3])
 
@@ -135,7 +144,7 @@ def run_graph(fmt, *, group, heads):
     )
     tables = allocate_tables(max_num_reqs=b, max_num_blocks=48, max_num_tokens=64,
                              slots=fmt.page.slots, num_kv_heads=heads, device=device)  # fmt: skip
-    scratch = allocate_scratch(tables, hq, d)
+    scratch = allocate_scratch(tables, hq, d, 0 if fmt.uniform_bits else fmt.page.value_planes)
     fmt, cache = make_format_on(fmt, device), pool.cache.to(device)
     query = torch.randn(b, hq, d, device=device, dtype=cache.dtype)
     starts = torch.arange(b + 1, dtype=torch.int32, device=device)

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from csrc_triton import decode, prefill
-from tests.kernels.cases import make_format
+from tests.kernels.cases import counted_bits, make_format
 from tests.kernels.gluon_interpreter import Launcher
 from tests.kernels.interpreted import test_decode as decode_cases
 from tests.kernels.interpreted import test_prefill as prefill_cases
 from tests.kernels.interpreted import test_store as store_cases
 
 decode_gluon = pytest.importorskip("csrc_triton.decode_gluon")
+decode_profile_gluon = pytest.importorskip("csrc_triton.decode_profile_gluon")
 prefill_gluon = pytest.importorskip("csrc_triton.prefill_gluon")
 store_gluon = pytest.importorskip("csrc_triton.store_gluon")
 store = importlib.import_module("csrc_triton.store")  # the package has a function of this name
@@ -23,6 +24,8 @@ CALIBRATION = (0.0, 3.0)
 @pytest.fixture(autouse=True)
 def gluon(monkeypatch):
     monkeypatch.setattr(decode, "_decode_kernel", Launcher(decode_gluon._decode_kernel))
+    profile_kernel = Launcher(decode_profile_gluon._decode_kernel)
+    monkeypatch.setattr(decode, "_profile_kernel", profile_kernel)
     monkeypatch.setattr(decode, "gluon_serves", lambda *args: True)
     monkeypatch.setattr(prefill, "_prefill_kernel", Launcher(prefill_gluon._prefill_kernel))
     monkeypatch.setattr(prefill, "gluon_prefills", lambda *args: True)
@@ -41,6 +44,18 @@ def test_decode_widths(head_size, bits, group, calibration):
     plans = decode_cases.PLANS[:3]
     decode_cases.run(
         fmt, group=group, heads=1, plans=plans, calibration=calibration, kernel="gluon"
+    )
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize("case", decode_cases.PROFILES)
+def test_decode_profile(case, calibration):
+    head_size, key, value, slots, group = decode_cases.PROFILES[case]
+    fmt = make_format(head_size, (counted_bits(head_size, *key), counted_bits(head_size, *value)))
+    assert fmt.page.slots == slots and fmt.key_pairs is not None and fmt.value_pairs is not None
+    plans = [[1, (slots, 0, slots), (3, 1, 2), 2], [2], [(slots, 2, slots - 3), (slots, 0, 5), 1]]
+    decode_cases.run(
+        fmt, group=group, heads=1, plans=plans, calibration=calibration, kernel="gluon", spread=2.0
     )
 
 

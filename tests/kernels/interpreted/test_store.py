@@ -18,7 +18,7 @@ FORMATS = {
     "2 bit, 64, fp16": dict(head_size=64, bits=2, dtype=torch.float16),
     "4 bit, 128": dict(head_size=128, bits=4),
     "1 bit, 80": dict(head_size=80),
-    "per component": dict(head_size=64, bits=((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)),
+    "per component": dict(head_size=64, bits=((4, 3, 3, 2) * 16, (2, 1, 1, 0) * 16)),
 }
 
 

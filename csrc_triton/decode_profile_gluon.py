@@ -1,0 +1,583 @@
+"""Decode attention over pages of a profile in Gluon: components of any width, K and V apart.
+
+A program is one warp with a share of the step's half runs and one KV head, as in
+:mod:`csrc_triton.decode_gluon`.  What differs is that planes are rows and columns of their own:
+
+* scores: the query has a row for each plane, its component's times ``2**bit``.  It waits in shared
+  memory; a page's K scales are copied into the order of planes, so that their product is as cheap
+  as with one bit.
+* output: the accumulator has a row for each plane, in units of the page's V scale as in
+  :mod:`csrc_triton.prefill_gluon`, and one for each component for the offsets.  What the planes
+  stand for is added up in the merge (:mod:`csrc_triton.merge`).
+
+Copies move pairs of 16-bit scales, so neighbouring planes must be neighbouring components
+(``DeviceFormat.key_pairs``).
+
+The planes of a part are taken in *pieces*: 128 planes as often as they fit, then 64 and 32.  A
+piece is a section of the page or a half of one of 256 planes (format.py).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .decode_gluon import _request_extremes
+from .fragments import (
+    LOG2E,
+    PAGE_MASK,
+    TAG,
+    calibration,
+    exponent,
+    flushed_exp2,
+    flushed_probabilities,
+    fold_max,
+    fold_min,
+    fold_sum,
+    groups,
+    inside,
+    key_operand,
+    last_block_bias,
+    load_tile,
+    multiply,
+    num_groups,
+    pow2,
+    query_weight,
+    repeat_rows,
+    value_operand,
+)
+from .gluon_compat import async_load, reinterpret
+
+_SLACK = gl.constexpr(8.0)
+"""Power of two by which a score may exceed the one that probabilities are relative to."""
+
+_P_EXP = gl.constexpr(60)
+_P_UNIT = gl.constexpr(2.0**-60)
+"""Scale of P, as in prefill."""
+
+_LEAST = gl.constexpr(2.0**-20)
+"""Least unit of a plane: a scale of 0 has none, and a smaller one is lost in rounding."""
+
+_ROW_WORDS = gl.constexpr(128)
+"""Words of a row of code words in shared memory."""
+
+
+@gluon.constexpr_function
+def _first(slots, g):
+    """First sub-slot of a group of a page."""
+    return groups(slots, slots, 0)[g][0]
+
+
+@gluon.constexpr_function
+def _count(slots, g):
+    """Sub-slots of a group of a page."""
+    return groups(slots, slots, 0)[g][1]
+
+
+@gluon.constexpr_function
+def _num_pieces(planes):
+    """Pieces of a part."""
+    return planes // 128 + (planes % 128).bit_count()
+
+
+@gluon.constexpr_function
+def _piece(planes, i):
+    """First plane and number of planes of a piece."""
+    whole = planes // 128
+    if i < whole:
+        return 128 * i, 128
+    first, rest = 128 * whole, planes % 128
+    size = 1 << (rest.bit_length() - 1)
+    while i > whole:
+        first, rest, i = first + size, rest - size, i - 1
+        size = 1 << (rest.bit_length() - 1)
+    return first, size
+
+
+@gluon.constexpr_function
+def _piece_first(planes, i):
+    """First plane of a piece."""
+    return _piece(planes, i)[0]
+
+
+@gluon.constexpr_function
+def _piece_size(planes, i):
+    """Planes of a piece."""
+    return _piece(planes, i)[1]
+
+
+@gluon.constexpr_function
+def _num_sections(planes):
+    """Sections of a part."""
+    return planes.bit_count()
+
+
+@gluon.constexpr_function
+def _section_size(planes, i):
+    """Planes of a section."""
+    while i > 0:
+        planes, i = planes - (1 << (planes.bit_length() - 1)), i - 1
+    return 1 << (planes.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def _section_first(planes, i):
+    """First plane of a section."""
+    return planes & -(2 * _section_size(planes, i))
+
+
+@gluon.constexpr_function
+def _section_rows(planes, slots, i):
+    """Rows of code words of a section in shared memory."""
+    return -(-slots * _section_size(planes, i) // 2 // 128)
+
+
+@gluon.constexpr_function
+def _first_row(planes, slots, i):
+    """First row of a section; for one more than there are, the rows of all of them."""
+    first = 0
+    while i > 0:
+        i = i - 1
+        first += _section_rows(planes, slots, i)
+    return first
+
+
+@gluon.jit
+def _fetch_codes(to, first_row, p_part, PLANES: gl.constexpr, SLOTS: gl.constexpr):
+    """Start to copy the codes of K or V; the last row of a section goes on with what is behind."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    o = gl.max_contiguous(gl.multiple_of(gl.arange(0, _ROW_WORDS, L), 4), 4)
+    for i in gl.static_range(_num_sections(PLANES)):
+        p_section = p_part + SLOTS * _section_first(PLANES, i) // 2
+        for r in gl.static_range(_section_rows(PLANES, SLOTS, i)):
+            row = first_row + _first_row(PLANES, SLOTS, i) + r
+            async_load(to.index(row), p_section + r * _ROW_WORDS + o)
+
+
+@gluon.jit
+def _fetch_ranges(scales, low, stage, pairs, p_ranges, D: gl.constexpr):
+    """Start to copy scales, in the order of planes, and offsets of K or V."""
+    for i in gl.static_range(len(pairs)):
+        async_load(scales[i].index(stage), p_ranges + pairs[i])
+    L: gl.constexpr = gl.BlockedLayout([D // 64], [32], [1], [0])
+    o = gl.arange(0, D // 2, L)
+    async_load(low.index(stage), p_ranges + D // 2 + o)
+
+
+@gluon.jit
+def _pairs(p_pairs, PLANES: gl.constexpr):
+    """Where the scales of two neighbouring planes are, for each piece."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    out = ()
+    for i in gl.static_range(_num_pieces(PLANES)):
+        o = _piece_first(PLANES, i) // 2 + gl.arange(0, _piece_size(PLANES, i) // 2, L)
+        out = out + (gl.load(p_pairs + o),)
+    return out
+
+
+@gluon.jit
+def _scale_buffers(PLANES: gl.constexpr):
+    """Shared memory for the scales of the pieces, in two stages."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    out = ()
+    for i in gl.static_range(_num_pieces(PLANES)):
+        out = out + (gl.allocate_shared_memory(gl.int32, [2, _piece_size(PLANES, i) // 2], flat),)
+    return out
+
+
+@gluon.jit
+def _numbers(buffer, DTYPE: gl.constexpr):
+    """Words of shared memory, [2, words], as 16-bit numbers."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    NUMBERS: gl.constexpr = 2 * buffer.shape[1]
+    return reinterpret(buffer, DTYPE, [2, NUMBERS], flat)
+
+
+@gluon.jit
+def _code_tile(
+    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
+    FIRST: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """Words of each lane of the tile that begins with sub-slot FIRST, int32 [32, WORDS]."""
+    at: gl.constexpr = FIRST * _section_size(PLANES, SECTION) // 2
+    row: gl.constexpr = _first_row(PLANES, SLOTS, SECTION) + at // 128
+    return load_tile(rows.index(first_row + row), at % 128, WORDS)
+
+
+@gluon.jit
+def _load_section(
+    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
+    FIRST: gl.constexpr, COUNT: gl.constexpr,
+):  # fmt: skip
+    """For each piece of a section and each of COUNT sub-slots, int32 [8 rows, 4 columns, 2 groups].
+
+    Bit i of a half-word is plane block i of the piece.
+    """
+    SIZE: gl.constexpr = _section_size(PLANES, SECTION)
+    if SIZE == 256:
+        low, high = (), ()
+        for t in gl.static_range(COUNT):
+            w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST + t, 4)
+            w0, w1 = w.reshape([8, 4, 2, 2]).split()
+            low, high = low + (w0,), high + (w1,)
+        out = (low, high)
+    elif COUNT == 1:
+        gl.static_assert(SIZE >= 64)
+        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, SIZE // 64)
+        if SIZE == 128:
+            out = ((w.reshape([8, 4, 2]),),)
+        else:
+            w = w.reshape([8, 4])
+            out = ((gl.join(w, w >> 8),),)
+    elif SIZE == 128:
+        words = ()
+        for t in gl.static_range(COUNT // 2):
+            w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST + 2 * t, 4)
+            w0, w1 = w.reshape([8, 4, 2, 2]).permute((0, 1, 3, 2)).split()
+            words = words + (w0, w1)
+        out = (words,)
+    elif SIZE == 64:
+        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, COUNT)
+        if COUNT == 4:
+            even, odd = w.reshape([8, 4, 2, 2]).split()
+            w0, w2 = even.split()
+            w1, w3 = odd.split()
+            out = (
+                (
+                    gl.join(w0, w0 >> 8), gl.join(w1, w1 >> 8),
+                    gl.join(w2, w2 >> 8), gl.join(w3, w3 >> 8),
+                ),
+            )  # fmt: skip
+        else:
+            w0, w1 = w.reshape([8, 4, 2]).split()
+            out = ((gl.join(w0, w0 >> 8), gl.join(w1, w1 >> 8)),)
+    else:
+        gl.static_assert(SIZE == 32)
+        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, COUNT // 2)
+        if COUNT == 4:
+            w0, w1 = w.reshape([8, 4, 2]).split()
+            out = (
+                (
+                    gl.join(w0, w0 >> 4), gl.join(w0 >> 8, w0 >> 12),
+                    gl.join(w1, w1 >> 4), gl.join(w1 >> 8, w1 >> 12),
+                ),
+            )  # fmt: skip
+        else:
+            w = w.reshape([8, 4])
+            out = ((gl.join(w, w >> 4), gl.join(w >> 8, w >> 12)),)
+    return out
+
+
+@gluon.jit
+def _load_codes(
+    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """The same for all pieces."""
+    out = ()
+    for i in gl.static_range(_num_sections(PLANES)):
+        out = out + _load_section(rows, first_row, PLANES, SLOTS, i, FIRST, COUNT)
+    return out
+
+
+@gluon.constexpr_function
+def _query_layout(planes):
+    """Shared memory of the query of a piece, [planes, N]: what ldmatrix reads without conflicts."""
+    return gl.SwizzledSharedLayout(8, max(1, 64 // planes), min(8, planes // 8), [0, 1])
+
+
+@gluon.jit
+def _query_buffers(PLANES: gl.constexpr, N: gl.constexpr):
+    """Shared memory for the query of the pieces."""
+    out = ()
+    for i in gl.static_range(_num_pieces(PLANES)):
+        out = out + (
+            gl.allocate_shared_memory(
+                gl.bfloat16, [_piece_size(PLANES, i), N], _query_layout(_piece_size(PLANES, i))
+            ),
+        )
+    return out
+
+
+@gluon.jit
+def _store_query(buffers, p_qi, m_n, p_source, PLANES: gl.constexpr, B: gl.constexpr):
+    """Query of each plane: its component's times 2**bit, with the powers of the code bits."""
+    for i in gl.static_range(_num_pieces(PLANES)):
+        o_k = gl.arange(0, _piece_size(PLANES, i), gl.SliceLayout(1, B))
+        p_plane = p_source + _piece_first(PLANES, i) + o_k
+        component, bit = gl.load(p_plane), gl.load(p_plane + PLANES)
+        weight = gl.where(bit >= 0, query_weight(o_k) * pow2(bit), 0.0)
+        q = gl.load(p_qi + component[:, None], mask=m_n, other=0.0).to(gl.float32)
+        buffers[i].store((q * weight[:, None]).to(gl.bfloat16))
+
+
+@gluon.jit
+def _page_query(
+    q, queries, scales, low, stage, DTYPE: gl.constexpr, PLANES: gl.constexpr, MMA: gl.constexpr,
+    A: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """The bias q . lo_K in 16 equal rows, and the query in units of a page's K scales."""
+    D: gl.constexpr = q.shape[0]
+    N: gl.constexpr = q.shape[1]
+    low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
+    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], gl.bfloat16, A))
+    bias = mma_v2(rows, q, gl.zeros([16, N], gl.float32, MMA))
+    bias = bias * 9.313225746154785e-10  # 2**-SCORE_EXP
+    out = ()
+    for i in gl.static_range(_num_pieces(PLANES)):
+        scale = _numbers(scales[i], DTYPE).index(stage).load(gl.SliceLayout(1, B))
+        qs = multiply(queries[i].load(B), scale.to(gl.bfloat16)[:, None])
+        if _piece_size(PLANES, i) == 128:  # plane block 15 exists
+            bias = last_block_bias(qs, bias, 1, A, B)
+        out = out + (qs,)
+    return bias, out
+
+
+@gluon.jit
+def _value_units(scales, stage, DTYPE: gl.constexpr, ROW: gl.constexpr):
+    """V scales of the planes, for each piece."""
+    out = ()
+    for i in gl.static_range(len(scales)):
+        x = _numbers(scales[i], DTYPE).index(stage).load(ROW).to(gl.float32)
+        out = out + (gl.maximum(x, _LEAST),)
+    return out
+
+
+@gluon.jit
+def _inverse(x):
+    """1 / x, good to the last bit but one."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _decode_kernel(
+    p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
+    p_runs, stride_runs, p_items, p_item_start, p_program_item, p_plan,
+    p_out, p_lse, p_low, p_high, p_key_source, p_key_pairs, p_value_pairs,
+    scale, tau_min, tau_max,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    KEY_PLANES: gl.constexpr, VALUE_PLANES: gl.constexpr, SLOTS: gl.constexpr,
+    RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr, MODE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)  # planes, channels or tokens of an accumulator
+    COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
+    DTYPE: gl.constexpr = p_cache.dtype.element_ty
+    PIECES: gl.constexpr = _num_pieces(VALUE_PLANES)
+
+    if PDL:
+        gdc_launch_dependents()  # the next launch waits for this one's results itself
+    i_head = gl.program_id(0)
+    i_program = gl.program_id(1)
+    num_programs = gl.load(p_plan)
+    item_begin = gl.load(p_program_item + i_program)
+    item_end = gl.load(p_program_item + i_program + 1)
+    if i_program >= num_programs:
+        return
+
+    o_k = gl.arange(0, D, gl.SliceLayout(1, B))
+    o_n = gl.arange(0, N, gl.SliceLayout(0, B))
+    m_n = (o_n < GROUP)[None, :]
+    o_c = gl.arange(0, N, COLUMN)
+    o_d = gl.arange(0, D, ROW)
+    m_c = o_c < GROUP
+    o_h = i_head * GROUP + o_c
+    unit = scale * LOG2E * 1073741824.0  # 2**SCORE_EXP: accumulators to log2 of a probability
+
+    # Two stages for K and the ranges of both parts, which come while the page before is used; the
+    # codes of V come when those of the page before have been used.
+    RANGES: gl.constexpr = RANGE_OFFSET // 2
+    CODES: gl.constexpr = SLOTS * KEY_PLANES // 2  # words of the K codes
+    KEY_ROWS: gl.constexpr = _first_row(KEY_PLANES, SLOTS, _num_sections(KEY_PLANES))
+    VALUE_ROWS: gl.constexpr = _first_row(VALUE_PLANES, SLOTS, _num_sections(VALUE_PLANES))
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    keys = gl.allocate_shared_memory(gl.int32, [2 * KEY_ROWS, 128], flat)
+    key_scales = _scale_buffers(KEY_PLANES)
+    key_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
+    queries = _query_buffers(KEY_PLANES, N)
+    key_pairs = _pairs(p_key_pairs, KEY_PLANES)
+    if MODE != 1:
+        values = gl.allocate_shared_memory(gl.int32, [VALUE_ROWS, 128], flat)
+        value_scales = _scale_buffers(VALUE_PLANES)
+        value_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
+        value_pairs = _pairs(p_value_pairs, VALUE_PLANES)
+    if MODE == 2 and PDL:
+        gdc_wait()  # for the extremes
+    for i_item in range(item_begin, item_end):
+        req = gl.load(p_items + 4 * i_item)
+        begin = gl.load(p_items + 4 * i_item + 1)
+        end = gl.load(p_items + 4 * i_item + 2)
+        first = gl.load(p_items + 4 * i_item + 3)
+        run_begin = begin // 2
+        run_end = (end + 1) // 2
+        p_run = p_runs + req.to(gl.int64) * stride_runs
+        last_slot = gl.load(p_run + run_begin * 2 + 1)
+        base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+        p_page = p_words + base // 2
+        stage = 0
+        _fetch_codes(keys, 0, p_page, KEY_PLANES, SLOTS)
+        _fetch_ranges(key_scales, key_low, 0, key_pairs, p_page + RANGES, D)
+        if MODE != 1:
+            _fetch_ranges(value_scales, value_low, 0, value_pairs, p_page + RANGES + D, D)
+        async_copy.commit_group()
+        if MODE != 1:
+            _fetch_codes(values, 0, p_page + CODES, VALUE_PLANES, SLOTS)
+            async_copy.commit_group()
+
+        p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
+        q = gl.load(p_qi + o_k[:, None], mask=m_n, other=0.0).to(gl.bfloat16)
+        _store_query(queries, p_qi, m_n, p_key_source, KEY_PLANES, B)
+        factor = gl.zeros([N], gl.float32, COLUMN) + unit
+        shift = gl.zeros([N], gl.float32, COLUMN)
+        if MODE == 2:
+            low, high = _request_extremes(
+                p_low, p_high, gl.load(p_item_start + req), gl.load(p_item_start + req + 1), o_h,
+                m_c, NUM_HEADS, MMA,
+            )  # fmt: skip
+            slope, calibrated = calibration(low, high, tau_min, tau_max)
+            factor = factor * slope
+            shift = _P_EXP - high * slope * LOG2E
+        low = gl.full([N], float("inf"), gl.float32, COLUMN)
+        high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+        m_i = gl.full([N], -1e30, gl.float32, COLUMN)
+        l_i = gl.zeros([N], gl.float32, COLUMN)
+        acc = ()
+        for i in gl.static_range(PIECES):
+            acc = acc + (gl.zeros([_piece_size(VALUE_PLANES, i), N], gl.float32, MMA),)
+        offsets = gl.zeros([D, N], gl.float32, MMA)
+        for i_run in range(run_begin, run_end):
+            first_slot = (first >> TAG) - 1
+            end_slot = last_slot + 1
+            if i_run * 2 < begin:
+                first_slot = gl.maximum(first_slot, HALF)
+            if i_run * 2 + 2 > end:
+                end_slot = gl.minimum(end_slot, HALF)
+            more = i_run + 1 < run_end
+            ahead = gl.minimum(i_run + 1, run_end - 1)
+            first = gl.load(p_run + ahead * 2)
+            last_slot = gl.load(p_run + ahead * 2 + 1)
+            base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+            p_page = p_words + base // 2
+            if MODE != 1:
+                units = _value_units(value_scales, 1 - stage, DTYPE, ROW)  # of the page before
+            if more:
+                _fetch_codes(keys, (1 - stage) * KEY_ROWS, p_page, KEY_PLANES, SLOTS)
+                _fetch_ranges(key_scales, key_low, 1 - stage, key_pairs, p_page + RANGES, D)
+                if MODE != 1:
+                    _fetch_ranges(
+                        value_scales, value_low, 1 - stage, value_pairs, p_page + RANGES + D, D
+                    )
+            async_copy.commit_group()
+            async_copy.wait_group(1 if MODE == 1 else 2)
+            if MODE != 1:
+                inverse = _value_units(value_scales, stage, DTYPE, ROW)
+                scaled = ()
+                for i in gl.static_range(PIECES):
+                    ratio = gl.where(i_run > run_begin, units[i] * _inverse(inverse[i]), 1.0)
+                    scaled = scaled + (acc[i] * ratio[:, None],)
+                acc = scaled
+            bias, qs = _page_query(
+                q, queries, key_scales, key_low, stage, DTYPE, KEY_PLANES, MMA, A, B
+            )
+            whole = (first_slot == 0) & (end_slot == SLOTS)
+            total = gl.zeros([16, N], gl.float32, MMA)
+            for g in gl.static_range(num_groups(SLOTS, SLOTS, 0)):
+                if (first_slot < _first(SLOTS, g) + _count(SLOTS, g)) & (
+                    end_slot > _first(SLOTS, g)
+                ):
+                    words = _load_codes(
+                        keys,
+                        stage * KEY_ROWS,
+                        KEY_PLANES,
+                        SLOTS,
+                        _first(SLOTS, g),
+                        _count(SLOTS, g),
+                    )
+                    s = repeat_rows(bias, _count(SLOTS, g), MMA)
+                    for i in gl.static_range(_num_pieces(KEY_PLANES)):
+                        x = key_operand(words[i], A, _piece_size(KEY_PLANES, i))
+                        s = mma_v2(x, qs[i], s)
+                    s_low = s
+                    if not whole:
+                        used = inside(_first(SLOTS, g), _count(SLOTS, g), first_slot, end_slot, MMA)
+                        s = gl.where(used, s, float("-inf"))
+                        if MODE == 1:
+                            s_low = gl.where(used, s_low, float("inf"))
+                    if MODE == 1:
+                        high = gl.maximum(high, gl.max(fold_max(s, MMA), 0))
+                        low = gl.minimum(low, gl.min(fold_min(s_low, MMA), 0))
+                    else:
+                        if MODE == 0:
+                            top = gl.max(fold_max(s, MMA), 0) * unit
+                            if gl.max(top - m_i, 0) > _SLACK:
+                                m_new = gl.maximum(m_i, top)
+                                alpha = flushed_exp2(m_i - m_new)
+                                m_i = m_new
+                                scaled = ()
+                                for i in gl.static_range(PIECES):
+                                    scaled = scaled + (acc[i] * alpha[None, :],)
+                                acc = scaled
+                                offsets = offsets * alpha[None, :]
+                                total = total * alpha[None, :]
+                                l_i = l_i * alpha
+                            shift = _P_EXP - m_i
+                        p, b = flushed_probabilities(s, factor, shift, B)
+                        total += fold_sum(p, MMA)
+                        async_copy.wait_group(1)
+                        words = _load_codes(
+                            values, 0, VALUE_PLANES, SLOTS, _first(SLOTS, g), _count(SLOTS, g)
+                        )
+                        added = ()
+                        for i in gl.static_range(PIECES):
+                            x = value_operand(words[i], A, _piece_size(VALUE_PLANES, i))
+                            added = added + (mma_v2(x, b, acc[i]),)
+                        acc = added
+            if MODE != 1:
+                async_copy.wait_group(1)
+                v_low = _numbers(value_low, DTYPE).index(stage).load(ROW).to(gl.float32)
+                page_total = gl.sum(total, 0)
+                l_i += page_total * _P_UNIT
+                offsets += v_low[:, None] * (page_total * _P_UNIT)[None, :]
+                signed = ()
+                for i in gl.static_range(PIECES):
+                    x = acc[i]
+                    if _piece_size(VALUE_PLANES, i) == 128:
+                        # Plane block 15 reads as 1 or -1: a code bit is half of 1 minus that.
+                        o_p = gl.arange(0, 128, ROW)
+                        x = gl.where((o_p // 8 == 15)[:, None], x - page_total[None, :], x)
+                    signed = signed + (x,)
+                acc = signed
+                if more:
+                    _fetch_codes(values, 0, p_page + CODES, VALUE_PLANES, SLOTS)
+                async_copy.commit_group()
+            stage = 1 - stage
+
+        at = i_item.to(gl.int64) * NUM_HEADS + o_h
+        if MODE == 1:
+            unit_score = scale * 1073741824.0
+            gl.store(p_low + at, low * unit_score, mask=m_c)
+            gl.store(p_high + at, high * unit_score, mask=m_c)
+        else:
+            if MODE == 2:
+                lse = calibrated + gl.log(l_i)
+            else:
+                lse = m_i / LOG2E + gl.log(l_i)
+            gl.store(p_lse + at, lse, mask=m_c)
+            share = 1.0 / gl.where(l_i > 0, l_i, 1.0)
+            p_row = p_out + (at * (VALUE_PLANES + D))[None, :]
+            units = _value_units(value_scales, 1 - stage, DTYPE, ROW)
+            for i in gl.static_range(PIECES):
+                o_p = gl.arange(0, _piece_size(VALUE_PLANES, i), ROW)
+                weight = units[i] * pow2(-exponent(o_p // 8) - _P_EXP)
+                weight = gl.where(o_p // 8 == 15, -0.5 * weight, weight)
+                out = acc[i] * weight[:, None] * share[None, :]
+                p_plane = p_row + (_piece_first(VALUE_PLANES, i) + o_p)[:, None]
+                gl.store(p_plane, out, mask=m_c[None, :])
+            out = offsets * share[None, :]
+            gl.store(p_row + (VALUE_PLANES + o_d)[:, None], out, mask=m_c[None, :])

@@ -216,6 +216,7 @@ def test_profiles_of_choices(designer: Designer) -> None:
         assert layer.planes == 160
         for part in (layer.key, layer.value):
             assert list(part.bits) == sorted(part.bits, reverse=True)
+            assert part.bits[::2] == part.bits[1::2]
             assert not part.mean.any()
     moved = designer.profile(replace(Choice(), splits=((1, (32, 128)),), tau=0.5, max_bits=3))
     assert sum(moved.layers[1].key.bits) == 32

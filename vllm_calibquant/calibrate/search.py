@@ -159,7 +159,7 @@ class Designer:
 
         def damage(split: Split) -> float:
             return sum(
-                place_bits(self._basis(layer, n, choice)[1].tolist(), p, _errors(choice))[1]
+                _place_pairs(self._basis(layer, n, choice)[1], p, choice)[1]
                 for n, p in zip(("key", "value"), split, strict=True)
             )
 
@@ -182,7 +182,7 @@ class Designer:
 
     def _part(self, layer: int, name: str, planes: int, choice: Choice) -> PartProfile:
         bases, worth = self._basis(layer, name, choice)
-        bits, _ = place_bits(worth.tolist(), planes, _errors(choice))
+        bits, _ = _place_pairs(worth, planes, choice)
         mean = self.moments[layer].part(name)[2].float()
         return PartProfile(
             bases.float(),
@@ -192,8 +192,11 @@ class Designer:
         )
 
 
-def _errors(choice: Choice) -> list[float]:
-    return [choice.error**b for b in range(choice.max_bits + 1)]
+def _place_pairs(worth: torch.Tensor, planes: int, choice: Choice) -> tuple[tuple[int, ...], float]:
+    """:func:`place_bits` for pairs of neighbours, whose scales kernels move together."""
+    errors = [choice.error**b for b in range(choice.max_bits + 1)]
+    bits, damage = place_bits(worth.unflatten(0, (-1, 2)).sum(1).tolist(), planes // 2, errors)
+    return tuple(b for b in bits for _ in range(2)), damage
 
 
 class State:

@@ -36,14 +36,17 @@ class PageCounts(NamedTuple):
 
     def to_stats(self) -> dict[str, int]:
         """As entries of an open mapping of vLLM's statistics."""
-        return {PREFIX + name: value for name, value in self._asdict().items()}
+        return dict(zip(STAT_NAMES, self, strict=True))
 
     @classmethod
     def from_stats(cls, stats: dict[str, int]) -> PageCounts | None:
         """Read back; None if the engine sent none."""
-        if PREFIX + "pages" not in stats:
+        if STAT_NAMES[0] not in stats:
             return None
-        return cls(*(stats[PREFIX + name] for name in cls._fields))
+        return cls(*(stats[name] for name in STAT_NAMES))
+
+
+STAT_NAMES = tuple(PREFIX + name for name in PageCounts._fields)
 
 
 class CalibQuantStatLogger(AggregateStatLoggerBase):
@@ -54,6 +57,7 @@ class CalibQuantStatLogger(AggregateStatLoggerBase):
         self.engine_indexes = engine_indexes
         self.model_name = vllm_config.model_config.served_model_name
         self.gauges: dict[str, Gauge] = {}
+        self._shown: dict[int, PageCounts] = {}
 
     def log_engine_initialized(self) -> None:
         """Create the gauges.
@@ -95,6 +99,9 @@ class CalibQuantStatLogger(AggregateStatLoggerBase):
                 self._set(counts, engine_idx)
 
     def _set(self, counts: PageCounts, engine: int) -> None:
+        if self._shown.get(engine) == counts:
+            return  # most steps of a decode
+        self._shown[engine] = counts
         labels = {"model_name": self.model_name, "engine": str(engine)}
         pages = self.gauges["pages"]
         pages.labels(**labels, format="text").set(counts.pages - counts.visual_pages)

@@ -46,15 +46,20 @@ class MixedPageScheduler(Scheduler):
             )
         for manager in self.mixed_page_managers:
             manager.requests = self.requests
+        groups = self.kv_cache_config.kv_cache_groups
+        layers = [len(groups[m.kv_cache_group_id].layer_names) for m in self.mixed_page_managers]
+        self._page_bytes = [
+            n * m.kv_cache_spec.page_size_bytes
+            for n, m in zip(layers, self.mixed_page_managers, strict=True)
+        ]
         first = self.mixed_page_managers[0]
-        group = self.kv_cache_config.kv_cache_groups[first.kv_cache_group_id]
         logger.info(
             "%s",
             capacity_line(
                 self.cache_config.cache_dtype,
                 first.kv_cache_spec,
                 self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
-                len(group.layer_names),
+                layers[0],
             ),
         )
         # vLLM asks its Mamba splitter for the end of every chunk when this is set.  Models with
@@ -163,20 +168,19 @@ class MixedPageScheduler(Scheduler):
     def page_counts(self) -> PageCounts:
         """What the pool holds now."""
         pool = self.kv_cache_manager.block_pool
-        ledgers = [m.ledger for m in self.mixed_page_managers]
-        spec = self.mixed_page_managers[0].kv_cache_spec
+        visual = saved = 0
+        for manager, page_bytes in zip(self.mixed_page_managers, self._page_bytes, strict=True):
+            ledger = manager.ledger
+            visual += ledger.held_pages
+            saved += (ledger.held_slots - ledger.held_pages) * page_bytes
+        first = self.mixed_page_managers[0]
         return PageCounts(
             pages=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-            visual_pages=sum(ledger.held_pages for ledger in ledgers),
+            visual_pages=visual,
             # Every group holds every token, for layers of its own.
-            visual_tokens=ledgers[0].held_slots * spec.block_size,
-            bytes_saved=sum(map(self._bytes_saved, self.mixed_page_managers)),
+            visual_tokens=first.ledger.held_slots * first.block_size,
+            bytes_saved=saved,
         )
-
-    def _bytes_saved(self, manager: MixedPageManager) -> int:
-        group = self.kv_cache_config.kv_cache_groups[manager.kv_cache_group_id]
-        pages = manager.ledger.held_slots - manager.ledger.held_pages
-        return pages * len(group.layer_names) * manager.kv_cache_spec.page_size_bytes
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add our counts to the statistics that travel to the API server."""

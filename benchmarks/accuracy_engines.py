@@ -128,8 +128,11 @@ class InProcess:
 
     def forget(self) -> None:
         """Empty the prefix cache."""
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache")
+        for _ in range(3):
+            if self.llm.reset_prefix_cache():
+                return
+            self.llm.llm_engine.step()  # one that was scheduled ahead may still hold pages
+        raise RuntimeError("vLLM did not reset its prefix cache")
 
     def distributions(
         self, chats: Sequence[Chat], answers: Sequence[str]
@@ -162,12 +165,14 @@ class InProcess:
     def bytes_per_visual_token(self) -> float:
         """KV cache of a visual token in a full page, all layers and heads."""
         core = self.llm.llm_engine.engine_core.engine_core
-        return sum(
-            len(group.layer_names)
-            * group.kv_cache_spec.page_size_bytes
-            / (group.kv_cache_spec.block_size * getattr(group.kv_cache_spec, "slots", 1))
-            for group in core.scheduler.kv_cache_config.kv_cache_groups
-        )
+        groups = core.scheduler.kv_cache_config.kv_cache_groups
+        # A group of layers with pages of different sizes has a spec for each of them.
+        specs = [
+            getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+            for group in groups
+            for name in group.layer_names
+        ]
+        return sum(s.page_size_bytes / (s.block_size * getattr(s, "slots", 1)) for s in specs)
 
 
 @contextmanager

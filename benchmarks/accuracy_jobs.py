@@ -250,7 +250,7 @@ def run_units(
                     gpu = min(gpus, key=lambda name: sum(on == name for _, on in running.values()))
                     os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # what the new process starts with
                 task = (work, inbox, i, unit, settings[unit.setting], parts, args)
-                process = context.Process(target=_run, args=task, daemon=True)
+                process = context.Process(target=_run, args=task)
                 process.start()
                 running[i] = process, gpu
             try:

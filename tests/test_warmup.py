@@ -24,6 +24,7 @@ from tests.test_profile import make_profile
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.attention.warmup import serve_empty_step, step_shapes, warm_up
 from vllm_calibquant.config import load_config
+from vllm_calibquant.profile import ModelIdentity
 
 MAX_REQS, MAX_TOKENS = 256, 2048
 
@@ -137,7 +138,9 @@ def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, setti
         codec=codec,
         page_format=DeviceFormat(codec.page_format, "cpu", **weights),
         tables=tables,
-        scratch=csrc_triton.allocate_scratch(tables, heads, head_size),
+        scratch=csrc_triton.allocate_scratch(
+            tables, heads, head_size, codec.page_format.value_planes
+        ),
         step=step,
         text_stream=torch.cuda.current_stream(),
         num_heads=heads,
@@ -210,7 +213,12 @@ def ragged_steps(draw: random.Random):
             yield new, [draw.choice((1, 16, 40, 3000)) for _ in new]
 
 
-PROFILE = make_profile()
+def of_profile(head_size: int) -> Codec:
+    widths = ((2,) * (head_size // 2) + (1,) * (head_size // 2),) * 2
+    profile = make_profile(ModelIdentity("llama", 1, 2, head_size, 64, "0" * 16), [widths])
+    return Codec.of_profile(profile, 0, slice(0, 2), torch.bfloat16)
+
+
 CASES = {
     "1 bit": (Codec.of(load_config("calibquant1", {}), 128, torch.bfloat16), 28, 4, {}),
     "1 bit, calibrated, a head each": (
@@ -225,12 +233,8 @@ CASES = {
         1,
         {"preset": "calibquant-paper", "range_estimator": "quantile"},
     ),
-    "profile": (
-        Codec.of_profile(PROFILE, 0, slice(0, PROFILE.model.num_kv_heads), torch.bfloat16),
-        2 * PROFILE.model.num_kv_heads,
-        PROFILE.model.num_kv_heads,
-        {},
-    ),
+    "profile": (of_profile(64), 12, 2, {"preset": "calibquant-paper"}),
+    "profile, plain Triton": (of_profile(32), 4, 2, {}),
 }
 
 

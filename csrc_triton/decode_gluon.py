@@ -274,8 +274,8 @@ def _decode_kernel(
     STORES: gl.constexpr = MODE == 1 and GROUP == 1
     READS: gl.constexpr = MODE == 2 and GROUP == 1
     keep = gl.load(p_plan + 5) <= score_runs
-    if MODE == 2 and PDL:
-        gdc_wait()  # for the extremes
+    if READS and PDL:
+        gdc_wait()  # for the kept scores
     for i_item in range(item_begin, item_end):
         req = gl.load(p_items + 4 * i_item)
         begin = gl.load(p_items + 4 * i_item + 1)
@@ -308,6 +308,8 @@ def _decode_kernel(
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
+            if PDL:
+                gdc_wait()  # for the extremes; all else was there before the launch that finds them
             first_item = gl.load(p_item_start + req)
             end_item = gl.load(p_item_start + req + 1)
             low, high = _request_extremes(

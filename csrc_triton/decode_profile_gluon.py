@@ -407,8 +407,6 @@ def _decode_kernel(
         value_scales = _scale_buffers(VALUE_PLANES)
         value_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
         value_pairs = _pairs(p_value_pairs, VALUE_PLANES)
-    if MODE == 2 and PDL:
-        gdc_wait()  # for the extremes
     for i_item in range(item_begin, item_end):
         req = gl.load(p_items + 4 * i_item)
         begin = gl.load(p_items + 4 * i_item + 1)
@@ -436,6 +434,8 @@ def _decode_kernel(
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
+            if PDL:
+                gdc_wait()  # for the extremes; all else was there before the launch that finds them
             low, high = _request_extremes(
                 p_low, p_high, gl.load(p_item_start + req), gl.load(p_item_start + req + 1), o_h,
                 m_c, NUM_HEADS, MMA,

@@ -11,16 +11,20 @@ import sys
 
 from benchmarks import serving
 from benchmarks.records import print_table
+from benchmarks.serving_summary import Run, figure
 
 DTYPES = ("auto", "fp8", "calibquant1")
-METRICS = (
-    ("text, fixed lengths", "output_tokens_per_s_median", "output tokens/s"),
-    ("text, chat lengths", "output_tokens_per_s_median", "output tokens/s"),
-    ("lone image request", "first_token_ms_median", "first token, ms"),
-    ("lone text request", "first_token_ms_median", "first token, ms"),
-    ("lone image request", "step_ms_median", "decode step, ms"),
-    ("lone text request", "step_ms_median", "decode step, ms"),
-)
+FIGURES = {
+    f"{what}: {label}": figure("no-harm", name, what=what)
+    for what, name, label in (
+        ("text, fixed lengths", "output_tokens_per_s_median", "output tokens/s"),
+        ("text, chat lengths", "output_tokens_per_s_median", "output tokens/s"),
+        ("lone image request", "first_token_ms_median", "first token, ms"),
+        ("lone text request", "first_token_ms_median", "first token, ms"),
+        ("lone image request", "step_ms_median", "decode step, ms"),
+        ("lone text request", "step_ms_median", "decode step, ms"),
+    )
+}
 
 
 def main() -> None:
@@ -29,12 +33,13 @@ def main() -> None:
     if path is None:
         return
     record = json.loads(path.read_text(encoding="utf-8"))
-    cells = {(c["dtype"], c.get("what")): c for c in record["cells"] if "error" not in c}
-    dtypes = list(dict.fromkeys(c["dtype"] for c in record["cells"]))
+    run = Run(record["run"], record["device"], record["date"], cells=record["cells"])
+    (model,) = {cell["model"] for cell in run.cells}
+    dtypes = run.dtypes(model)
     rows = []
-    for what, name, label in METRICS:
-        values = [cells.get((dtype, what), {}).get(name) for dtype in dtypes]
-        row = [f"{what}: {label}", *("-" if v is None else f"{v:.2f}" for v in values)]
+    for name, found in FIGURES.items():
+        values = [found.of(run, dtype, model) for dtype in dtypes]
+        row = [name, *("-" if v is None else f"{v:.2f}" for v in values)]
         row += ["-" if None in (v, values[0]) else f"{v / values[0]:.3f}" for v in values[1:]]
         rows.append(row)
     print_table(["", *dtypes, *(f"{d} / {dtypes[0]}" for d in dtypes[1:])], rows)

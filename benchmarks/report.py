@@ -21,8 +21,10 @@ from benchmarks.serving_summary import (
     NOT_MEASURED,
     ROWS,
     STOCK,
+    Figure,
     Run,
     crossings,
+    figure,
     load_runs,
     ratio,
 )
@@ -72,12 +74,6 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def cell_value(run: Run, dtype: str, scenario: str, name: str, **keys: Any) -> str:
-    """What a cell says under a name, or a dash."""
-    cell = run.find(scenario, dtype, **keys)
-    return number(None if cell is None else cell.get(name))
-
-
 def where(runs: list[Run]) -> str:
     """Devices and records of some runs, in words."""
     unique = list({id(run): run for run in runs}.values())
@@ -112,47 +108,49 @@ def goals_region(runs: list[Run]) -> list[str]:
     ]
 
 
-COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("requests resident, 5 GB", dict(scenario="resident", name="requests", outputs=300)),
-    ("decode tokens/s, 5 GB", dict(scenario="resident", name="decode_tokens_per_s", outputs=300)),
-    (
-        "decode tokens/s, 2 GB",
-        dict(scenario="decode", name="decode_tokens_per_s", budget_gb=2, outputs=300),
+COLUMNS = {
+    "requests resident, 5 GB": figure("resident", "requests", outputs=300),
+    "decode tokens/s, 5 GB": figure("resident", "decode_tokens_per_s", outputs=300),
+    "decode tokens/s, 2 GB": figure("decode", "decode_tokens_per_s", budget_gb=2, outputs=300),
+    "16k visual tokens, 20 GB, tokens/s": figure(
+        "long-context", "decode_tokens_per_s", budget_gb=20
     ),
-    (
-        "16k visual tokens, 20 GB, tokens/s",
-        dict(scenario="long-context", name="decode_tokens_per_s", budget_gb=20),
+    "chats: turns/s": figure("image-chats", "turns_per_s", working_set=6),
+    "chats: hit rate": figure("image-chats", "hit_rate", working_set=6),
+    "chats: first token, ms": figure("image-chats", "first_token_ms_median", working_set=6),
+    "longest video in 0.5 GB, visual tokens": figure(
+        "longest-video", "most_visual_tokens", layout="one span"
     ),
-    ("chats: turns/s", dict(scenario="image-chats", name="turns_per_s", working_set=6)),
-    ("chats: hit rate", dict(scenario="image-chats", name="hit_rate", working_set=6)),
-    (
-        "chats: first token, ms",
-        dict(scenario="image-chats", name="first_token_ms_median", working_set=6),
-    ),
-    (
-        "longest video in 0.5 GB, visual tokens",
-        dict(scenario="longest-video", name="most_visual_tokens", layout="one span"),
-    ),
-    (
-        "the same in frames of 256",
-        dict(scenario="longest-video", name="most_visual_tokens", layout="frames"),
-    ),
-)
+    "the same in frames of 256": figure("longest-video", "most_visual_tokens", layout="frames"),
+}
+HTTP_COLUMNS = {
+    "start, s": figure("http", "seconds", what="start"),
+    **{
+        f"{what}: {label}": figure("http", name, what=what)
+        for what, name, label in (
+            ("text, fixed lengths", "output_tokens_per_s", "tokens/s"),
+            ("text, chat lengths", "output_tokens_per_s", "tokens/s"),
+            ("lone image request", "first_token_ms_median", "first token, ms"),
+            ("questions on images", "output_tokens_per_s", "tokens/s"),
+            ("questions on images", "first_token_ms_median", "first token, ms"),
+            ("questions on images", "hit_rate", "hit rate"),
+        )
+    },
+}
 
 
-def dtypes_region(runs: list[Run]) -> list[str]:
+def dtypes_region(runs: list[Run], columns: dict[str, Figure]) -> list[str]:
     """Every KV cache dtype that was measured, in numbers, run by run and model by model."""
     lines: list[str] = []
     for run in runs:
         for model, title in MODELS.items():
             found = []
             for dtype in sorted(run.dtypes(model), key=list(LABELS).index):
-                values = [cell_value(run, dtype, model=model, **keys) for _, keys in COLUMNS]
-                if any(v != "-" for v in values):
-                    found.append([LABELS[dtype], *values])
+                values = [column.of(run, dtype, model) for column in columns.values()]
+                if any(v is not None for v in values):
+                    found.append([LABELS[dtype], *map(number, values)])
             if found:
-                header = [f"{title}, {run.device}", *(name for name, _ in COLUMNS)]
-                lines += [*table(header, found), ""]
+                lines += [*table([f"{title}, {run.device}", *columns], found), ""]
     return lines[:-1] or ["Not measured yet."]
 
 
@@ -205,7 +203,8 @@ def kernels_region(folder: Path) -> list[str]:
 REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "decode kernels": kernels_region,
     "serving goals": lambda folder: goals_region(load_runs(folder)),
-    "serving": lambda folder: dtypes_region(load_runs(folder)),
+    "serving": lambda folder: dtypes_region(load_runs(folder), COLUMNS),
+    "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),
     "serving crossings": lambda folder: crossing_region(load_runs(folder)),
 }
 

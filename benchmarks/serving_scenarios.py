@@ -1,7 +1,6 @@
 """What :mod:`benchmarks.serving` measures on one engine: a generator of cells for each scenario.
 
 A cell is one row of a record: a flat mapping of what was set, what was found, and raw samples.
-Scenarios are told apart by ``scenario``, cells of a scenario by the keys in :data:`KEYS`.
 """
 
 from __future__ import annotations
@@ -15,18 +14,6 @@ from typing import Any
 from benchmarks.serving_engine import BenchEngine, Completion, Picture, Run
 
 GB = 1e9
-KEYS = {
-    "resident": ("budget_gb", "outputs"),
-    "decode": ("budget_gb", "outputs"),
-    "end-to-end": ("budget_gb", "outputs"),
-    "image-chats": ("budget_gb", "working_set"),
-    "long-context": ("budget_gb", "visual_tokens"),
-    "longest-video": ("budget_gb", "layout"),
-    "video": ("visual_tokens",),
-    "no-harm": ("what",),
-    "mix": ("budget_gb", "visual_share"),
-}
-
 BEFORE, AFTER = 10, 8
 """Text tokens before and after an image: a short instruction, and the end of a short question."""
 WARM_TOKENS = 8

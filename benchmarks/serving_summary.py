@@ -7,7 +7,7 @@ ratio has both its sides from one run; where several runs have them, the newest 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -75,30 +75,31 @@ def load_runs(folder: Path = RECORDS) -> list[Run]:
     return sorted(runs.values(), key=lambda run: run.date, reverse=True)
 
 
-Value = Callable[[Run, str], float | None]
+class Figure(NamedTuple):
+    """One number of a run: where in its cells it stands."""
+
+    scenario: str
+    name: str
+    """Of the number in a cell."""
+    keys: dict[str, Any]
+    """What tells the cell from others of its scenario."""
+
+    def of(self, run: Run, dtype: str, model: str = MODEL) -> float | None:
+        """The number, if it was measured."""
+        cell = run.find(self.scenario, dtype, model, **self.keys)
+        return None if cell is None else cell.get(self.name)
 
 
-def value(scenario: str, name: str, **keys: Any) -> Value:
-    """Of a cell: what it says under a name."""
-
-    def of(run: Run, dtype: str) -> float | None:
-        cell = run.find(scenario, dtype, **keys)
-        return None if cell is None else cell.get(name)
-
-    return of
-
-
-def long_context(run: Run, dtype: str) -> float | None:
-    """Decode tokens per second of requests with about 16 thousand visual tokens."""
-    cell = run.find("long-context", dtype, budget_gb=20)
-    return None if cell is None else cell.get("decode_tokens_per_s")
+def figure(scenario: str, name: str, **keys: Any) -> Figure:
+    """Shorthand."""
+    return Figure(scenario, name, keys)
 
 
 class Row(NamedTuple):
     """A line of the goals."""
 
     name: str
-    value: Value
+    figure: Figure
     goals: dict[str, str]
     """By baseline, in words."""
     smaller_is_better: bool = False
@@ -108,75 +109,75 @@ CHATS = {"budget_gb": 2, "working_set": 6}
 ROWS = (
     Row(
         "requests resident at 5 GB, 128 outputs",
-        value("resident", "requests", budget_gb=5, outputs=128),
+        figure("resident", "requests", budget_gb=5, outputs=128),
         {STOCK: ">= 8", EIGHT_BITS: ">= 4"},
     ),
     Row(
         "requests resident at 5 GB, 300 outputs",
-        value("resident", "requests", budget_gb=5, outputs=300),
+        figure("resident", "requests", budget_gb=5, outputs=300),
         {STOCK: ">= 6", EIGHT_BITS: ">= 3"},
     ),
     Row(
         "decode tokens/s, 300 outputs, 2 GB",
-        value("decode", "decode_tokens_per_s", budget_gb=2, outputs=300),
+        figure("decode", "decode_tokens_per_s", budget_gb=2, outputs=300),
         {STOCK: ">= 5", EIGHT_BITS: ">= 2.7"},
     ),
     Row(
         "decode tokens/s, 300 outputs, 5 GB",
-        value("resident", "decode_tokens_per_s", budget_gb=5, outputs=300),
+        figure("resident", "decode_tokens_per_s", budget_gb=5, outputs=300),
         {STOCK: ">= 4", EIGHT_BITS: ">= 2.2"},
     ),
     Row(
         "decode tokens/s, 16k visual tokens a request, 20 GB",
-        long_context,
+        figure("long-context", "decode_tokens_per_s", budget_gb=20),
         {STOCK: ">= 6", EIGHT_BITS: ">= 3.5"},
     ),
     Row(
         "output tokens/s end to end, 1,024 outputs, 5 GB",
-        value("end-to-end", "output_tokens_per_s", budget_gb=5, outputs=1024),
+        figure("end-to-end", "output_tokens_per_s", budget_gb=5, outputs=1024),
         {STOCK: ">= 1.7", EIGHT_BITS: ">= 1.3"},
     ),
     Row(
         "image chats, working set 6x: turns/s",
-        value("image-chats", "turns_per_s", **CHATS),
+        figure("image-chats", "turns_per_s", **CHATS),
         {STOCK: ">= 4", EIGHT_BITS: ">= 3"},
     ),
     Row(
         "image chats, working set 6x: time to first token",
-        value("image-chats", "first_token_ms_median", **CHATS),
+        figure("image-chats", "first_token_ms_median", **CHATS),
         {STOCK: "<= 0.25", EIGHT_BITS: "<= 0.33"},
         smaller_is_better=True,
     ),
     Row(
         "longest video request in the same pool",
-        value("longest-video", "most_visual_tokens", layout="one span"),
+        figure("longest-video", "most_visual_tokens", layout="one span"),
         {STOCK: ">= 10", EIGHT_BITS: ">= 5"},
     ),
     Row(
         "text-only throughput, fixed lengths",
-        value("no-harm", "output_tokens_per_s_median", what="text, fixed lengths"),
+        figure("no-harm", "output_tokens_per_s_median", what="text, fixed lengths"),
         {STOCK: "0.98 to 1.02"},
     ),
     Row(
         "text-only throughput, chat lengths",
-        value("no-harm", "output_tokens_per_s_median", what="text, chat lengths"),
+        figure("no-harm", "output_tokens_per_s_median", what="text, chat lengths"),
         {STOCK: "0.98 to 1.02"},
     ),
     Row(
         "first token of a lone image request",
-        value("no-harm", "first_token_ms_median", what="lone image request"),
+        figure("no-harm", "first_token_ms_median", what="lone image request"),
         {STOCK: "0.97 to 1.03"},
         smaller_is_better=True,
     ),
     Row(
         "decode step at batch 1, image request",
-        value("no-harm", "step_ms_median", what="lone image request"),
+        figure("no-harm", "step_ms_median", what="lone image request"),
         {STOCK: "<= 1.03"},
         smaller_is_better=True,
     ),
     Row(
         "decode step at batch 1, text request",
-        value("no-harm", "step_ms_median", what="lone text request"),
+        figure("no-harm", "step_ms_median", what="lone text request"),
         {STOCK: "<= 1.03"},
         smaller_is_better=True,
     ),
@@ -199,7 +200,7 @@ class Ratio(NamedTuple):
 def ratio(row: Row, baseline: str, runs: Iterable[Run], dtype: str = OURS) -> Ratio | None:
     """A row's ratio in the newest run that has both sides."""
     for run in runs:
-        ours, theirs = row.value(run, dtype), row.value(run, baseline)
+        ours, theirs = row.figure.of(run, dtype), row.figure.of(run, baseline)
         if ours is not None and theirs:
             return Ratio(run, ours, theirs)
     return None

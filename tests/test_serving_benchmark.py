@@ -124,6 +124,7 @@ def made_up(folder: Path, date: str, device: str = "GPU", **requests: int) -> No
     for dtype, number in requests.items():
         base = {"model": "internvl3-8b", "dtype": dtype, "budget_gb": 5}
         cells.append({**base, "scenario": "resident", "outputs": 128, "requests": number})
+        cells.append({**base, "scenario": "http", "what": "start", "seconds": 7 * number})
         for share in (0, 50, 100):
             speed = 1000 - 2 * share if dtype == "fp8" else 700 + 10 * share
             point = {"visual_share": share, "requests": 10, "decode_tokens_per_s": speed}
@@ -179,6 +180,7 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     readme.write_text("\n".join(["before", *marks, "after"]))
     text = report.render(readme.read_text(), tmp_path)
     assert "8.50x (85 against 10), goal >= 8" in text
+    assert "| `auto` (bf16) | 70 | - |" in text
     assert text.startswith("before\n") and text.endswith("\nafter")
     assert report.render(text, tmp_path) == text
     readme.write_text(text)

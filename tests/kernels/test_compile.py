@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import attention, decode, merge, metadata
+from csrc_triton import attention, basis, decode, merge, metadata
 from csrc_triton.store import STORE_REGISTERS, _store_kernel, block_constants, gluon_constants
 from tests.kernels.cases import counted_bits, make_format
 from tests.kernels.interpreted import test_decode
@@ -29,7 +29,8 @@ POINTERS = {
     "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
     "p_key_mix": "fp32", "p_value_mix": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
-    "p_scratch": "u8",
+    "p_scratch": "u8", "p_inverse": "fp32", "p_mean": "fp32", "p_turned": "bf16", "p_shift": "fp32",
+    "p_codes": "fp32",
 }  # fmt: skip
 FLOATS = {"scale", "tau_min", "tau_max", "alpha"}
 
@@ -134,6 +135,9 @@ def test_merge():
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
     planes = {"D": 128, "PLANES": 160, "BITS": 3}
     compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=1)
+    turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
+    compile_kernel(basis._turn_query_kernel, turned, 80, num_warps=2)
+    compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
     parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
 

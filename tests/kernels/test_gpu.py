@@ -7,7 +7,7 @@ import torch
 
 from csrc_triton import DeviceFormat
 from tests.kernels.cases import counted_bits, make_format
-from tests.kernels.interpreted import test_decode, test_prefill, test_store
+from tests.kernels.interpreted import test_basis, test_decode, test_prefill, test_store
 from vllm_calibquant.format import PageFormat
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +121,11 @@ def test_prefill_shares_of_a_context(head_size, bits, splits, kernel, calibratio
     test_prefill.run_chunks(
         head_size, bits, 7, calibration, device="cuda", splits=splits, kernel=kernel
     )
+
+
+@pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 7, 64)])
+def test_turned_queries_and_outputs(head_size, group, tokens):
+    test_basis.run(head_size, group, tokens, device="cuda")
 
 
 @pytest.mark.parametrize("profile", [False, True])

@@ -1,0 +1,177 @@
+"""A profile's basis on the queries and on the output of decode, one launch each.
+
+``K = T^-1 y + mean`` moves to the query, and ``V = T^-1 y + mean`` to the output
+(:mod:`vllm_calibquant.attention.basis`, whose ``Basis.query`` and ``Basis.output`` are the twins)::
+
+    turned = T_K^-T q,    shift = q . mean_K
+    visual = T_V^-1 codes + mean_V,    lse = lse_codes + scale shift
+
+The second kernel also merges the visual part with the text part.  A program has 16 rows, pairs of
+token and query head of one KV head, and 32 of their channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS, COLUMNS = 16, 32
+
+
+@triton.jit
+def _rows(num_tokens, GROUP: tl.constexpr, BM: tl.constexpr):
+    """Token and query head of each row of a program, and which exist."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = o_m // GROUP
+    return token.to(tl.int64), tl.program_id(1) * GROUP + o_m % GROUP, token < num_tokens
+
+
+@triton.jit(do_not_specialize=["stride_sh", "num_tokens"])
+def _turn_query_kernel(
+    p_q, stride_qt, stride_qh, p_inverse, p_mean, p_turned, stride_tt, stride_th,
+    p_shift, stride_sh, num_tokens,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    token, i_head, m_r = _rows(num_tokens, GROUP, BM)
+    o_d = tl.arange(0, BD)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    m_d, m_n = o_d < D, o_n < D
+    p_row = p_q + token * stride_qt + i_head * stride_qh
+    q = tl.load(p_row[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0)
+    q = q.to(tl.float32)
+    p_part = p_inverse + tl.program_id(1) * (D * D)
+    m = m_d[:, None] & m_n[None, :]
+    inverse = tl.load(p_part + o_n[None, :] * D + o_d[:, None], mask=m, other=0)  # transposed
+    turned = tl.dot(q, inverse)
+    p_row = p_turned + token * stride_tt + i_head * stride_th
+    m = m_r[:, None] & m_n[None, :]
+    tl.store(p_row[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
+    if tl.program_id(2) == 0:
+        mean = tl.load(p_mean + tl.program_id(1) * D + o_d, mask=m_d, other=0)
+        tl.store(p_shift + i_head * stride_sh + token, tl.sum(q * mean[None, :], 1), mask=m_r)
+
+
+@triton.jit(
+    do_not_specialize=["stride_ll", "stride_sh", "stride_tl", "num_tokens"],
+    do_not_specialize_on_alignment=["p_text_lse"],
+)
+def _merge_turned_kernel(
+    p_codes, stride_ct, stride_ch, p_lse, stride_ll, p_shift, stride_sh, scale,
+    p_inverse, p_mean, p_text, stride_tt, stride_th, p_text_lse, stride_tl,
+    p_out, stride_ot, stride_oh, num_tokens,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    token, i_head, m_r = _rows(num_tokens, GROUP, BM)
+    o_d = tl.arange(0, BD)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    m_d, m_n = o_d < D, o_n < D
+    p_row = p_codes + token * stride_ct + i_head * stride_ch
+    codes = tl.load(p_row[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0)
+    p_part = p_inverse + tl.program_id(1) * (D * D)
+    m = m_d[:, None] & m_n[None, :]
+    inverse = tl.load(p_part + o_d[:, None] * D + o_n[None, :], mask=m, other=0)
+    mean = tl.load(p_mean + tl.program_id(1) * D + o_n, mask=m_n, other=0)
+    visual = tl.dot(codes, inverse) + mean[None, :]
+
+    lse = tl.load(p_lse + i_head * stride_ll + token, mask=m_r, other=float("-inf"))
+    lse += scale * tl.load(p_shift + i_head * stride_sh + token, mask=m_r, other=0)
+    text_lse = tl.load(p_text_lse + i_head * stride_tl + token, mask=m_r, other=float("-inf"))
+    # FlashAttention gives +inf for a row without keys, whose output may be anything.
+    text_lse = tl.where(text_lse == float("inf"), float("-inf"), text_lse)
+    top = tl.maximum(lse, text_lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight, text_weight = tl.exp(lse - top), tl.exp(text_lse - top)
+    total = weight + text_weight
+    total = tl.where(total > 0, total, 1.0)
+    p_row = p_text + token * stride_tt + i_head * stride_th
+    m = m_r[:, None] & m_n[None, :]
+    m_text = m & (text_weight > 0)[:, None]
+    text = tl.load(p_row[:, None] + o_n[None, :], mask=m_text, other=0).to(tl.float32)
+    out = visual * (weight / total)[:, None] + text * (text_weight / total)[:, None]
+    p_row = p_out + token * stride_ot + i_head * stride_oh
+    tl.store(p_row[:, None] + o_n[None, :], out.to(p_out.dtype.element_ty), mask=m)
+
+
+def _launch(num_tokens: int, num_heads: int, inverse: torch.Tensor) -> tuple[tuple, dict[str, int]]:
+    """Grid and constants of both kernels."""
+    num_kv_heads, d = inverse.shape[:2]
+    group = num_heads // num_kv_heads
+    grid = (triton.cdiv(num_tokens * group, ROWS), num_kv_heads, triton.cdiv(d, COLUMNS))
+    sizes = {"GROUP": group, "D": d, "BD": triton.next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
+    return grid, sizes
+
+
+def turn_query(
+    query: torch.Tensor, inverse: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries for coded keys.
+
+    Parameters
+    ----------
+    query
+        ``[num_tokens, Hq, D]``; query heads of a KV head are neighbours.
+    inverse
+        float32 ``[Hkv, D, D]``: transposed inverse of the basis of K (``PartBasis.inverse``).
+    mean
+        float32 ``[Hkv, D]``.
+
+    Returns
+    -------
+    turned : torch.Tensor
+        ``[num_tokens, Hq, D]`` in the query's dtype: ``T_K^-T q``.
+    shift : torch.Tensor
+        float32 ``[Hq, num_tokens]``: ``q . mean_K``, what every visual score lacks before scaling.
+    """
+    num_tokens, num_heads, _ = query.shape
+    turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shift = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    if num_tokens > 0:
+        grid, sizes = _launch(num_tokens, num_heads, inverse)
+        _turn_query_kernel[grid](
+            query, query.stride(0), query.stride(1), inverse, mean,
+            turned, turned.stride(0), turned.stride(1), shift, shift.stride(0), num_tokens,
+            **sizes, num_warps=2,
+        )  # fmt: skip
+    return turned, shift
+
+
+def merge_turned(
+    out: torch.Tensor,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    shift: torch.Tensor,
+    inverse: torch.Tensor,
+    mean: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    *,
+    scale: float,
+) -> None:
+    """Turn what was summed of coded values, and merge it with the text part.
+
+    Parameters
+    ----------
+    out
+        ``[num_tokens, Hq, D]``, written.
+    codes
+        Attention over coded keys and values, float32 ``[num_tokens, Hq, D]``, and its log-sum-exp,
+        float32 ``[Hq, num_tokens]``, -inf without visual tokens.
+    shift
+        Of :func:`turn_query`.
+    inverse, mean
+        As for :func:`turn_query`, of the basis of V.
+    text
+        Output and log-sum-exp of the text part, which is -inf or +inf without keys.
+    scale
+        Factor on scores.
+    """
+    num_tokens, num_heads, _ = out.shape
+    if num_tokens == 0:
+        return
+    (x, lse), (text_out, text_lse) = codes, text
+    grid, sizes = _launch(num_tokens, num_heads, inverse)
+    _merge_turned_kernel[grid](
+        x, x.stride(0), x.stride(1), lse, lse.stride(0), shift, shift.stride(0), scale,
+        inverse, mean, text_out, text_out.stride(0), text_out.stride(1),
+        text_lse, text_lse.stride(0), out, out.stride(0), out.stride(1), num_tokens,
+        **sizes, num_warps=2,
+    )  # fmt: skip

@@ -32,8 +32,10 @@ from csrc_triton import (
     allocate_tables,
     build_tables,
     decode_attention,
+    merge_turned,
     prefill_attention,
     store,
+    turn_query,
 )
 from csrc_triton.attention import ATTEND, CALIBRATE, EXTREMES
 from csrc_triton.decode import MAX_REGISTERS
@@ -181,6 +183,27 @@ class Decode:
     def time(self, calibration: tuple[float, float] | None = None, kernel: str = "auto") -> float:
         """Microseconds of one call."""
         return time_us(self.launches(calibration, kernel))
+
+    def time_in_basis(self) -> float:
+        """Microseconds of one call between the turns of the query and of the output."""
+        hkv, d = self.caches[0].shape[1], self.query.shape[2]
+        inverse = torch.eye(d, device="cuda").expand(hkv, d, d).contiguous()
+        mean = torch.zeros(hkv, d, device="cuda")
+        codes, lse = self.query.float(), self.query.new_empty(self.query.shape[1::-1]).float()
+        text = torch.empty_like(self.query), torch.full_like(lse, float("-inf"))
+
+        def one(cache: torch.Tensor) -> Callable[[], None]:
+            def launch() -> None:
+                turned, shift = turn_query(self.query, inverse, mean)
+                decode_attention(
+                    self.tables, self.scratch, self.fmt, turned, cache, codes, scale=self.scale,
+                    lse=lse,
+                )  # fmt: skip
+                merge_turned(self.out, (codes, lse), shift, inverse, mean, text, scale=self.scale)
+
+            return launch
+
+        return time_us([one(cache) for cache in self.caches])
 
     def time_tables(self) -> float:
         """Microseconds of the kernel that makes a step's tables."""
@@ -416,12 +439,16 @@ def measure_variant(
     decode = Decode(*shape, d, bits, model, profile=profile)
     row["plain_us"] = decode.time(kernel=kernel)
     row["calibrated_us"] = decode.time((0.0, 3.0), kernel=kernel)
+    in_basis = ""
+    if profile is not None:
+        row["in_basis_us"] = decode.time_in_basis()
+        in_basis = f", {row['in_basis_us']:.1f} in a basis"
     del decode
     torch.cuda.empty_cache()
     print(
         f"{name(shape):>18}  {average:g} bit, D {d}, {dtype}, {kernel}: "
         f"FA3 {row['fa3_16bit_us']:.1f}  fp8 {row['fa3_fp8_us']:.1f}  plain {row['plain_us']:.1f}  "
-        f"calibrated {row['calibrated_us']:.1f} us",
+        f"calibrated {row['calibrated_us']:.1f} us{in_basis}",
         flush=True,
     )
     return row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -55,25 +57,27 @@ TEMPLATE = (
 )
 
 
-def _tokenizer(special: dict[str, str]) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: dict[str, str] | list[str], **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each byte, and special ones, which may have names."""
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    names = ["<s>", "</s>", "<pad>", *special.values()]
-    backend.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+    tokens = [BOS, EOS, PAD, *(special.values() if isinstance(special, dict) else special)]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
         extra_special_tokens=special,
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
 def _internvl(name: str, directory: Path, max_length: int) -> None:
-    tokenizer = _tokenizer(INTERNVL_TOKENS)
+    tokenizer = byte_tokenizer(INTERNVL_TOKENS)
     hidden, mlp, layers, heads, kv_heads, vocab = INTERNVL_TEXT[name]
     v_hidden, v_mlp, v_layers, v_heads = INTERNVL_VISION[name]
     config = InternVLConfig(
@@ -115,7 +119,7 @@ def _internvl(name: str, directory: Path, max_length: int) -> None:
 
 
 def _llava(directory: Path, max_length: int) -> None:
-    tokenizer = _tokenizer({"image_token": "<image>"})
+    tokenizer = byte_tokenizer({"image_token": "<image>"})
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024,

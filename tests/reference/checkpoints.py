@@ -13,7 +13,7 @@ internvl     InternVLForConditionalGeneration        4/1 x32  tiles, thumbnail, 
 ===========  ======================================  =======  =====================================
 
 (heads: query/KV heads x head size.)  A checkpoint depends on its style, dtype and seed only, and
-needs no network: ``python checkpoints.py llava DIRECTORY [dtype]`` writes one.
+needs no network: ``python -m tests.reference.checkpoints llava DIRECTORY [dtype]`` writes one.
 
 Default initialisation would make every comparison of outputs trivial: attention would be uniform
 and all logits nearly equal.  :func:`_randomise` therefore scales the weights so that attention
@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -57,13 +56,14 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+from benchmarks.models import INTERNVL_TOKENS, byte_tokenizer
+
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-INTERNVL_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
+SPECIAL_TOKENS: dict[str, dict[str, str] | list[str]] = {
+    "llava": {"image_token": "<image>"},
+    "qwen2_5_vl": QWEN_TOKENS,
+    "qwen3_vl": QWEN_TOKENS,
+    "internvl": INTERNVL_TOKENS,
 }
 
 MAX_LENGTH = 4096
@@ -91,37 +91,6 @@ def _chat_template(style: str) -> str:
         + IMAGE_PLACEHOLDER[style]
         + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
         "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-
-
-def _tokenizer(style: str) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token for each byte, and the special tokens of the style."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    named: dict[str, str] = {}
-    if style == "llava":
-        special = ["<image>"]
-        named = {"image_token": "<image>"}
-    elif style == "internvl":
-        special = list(INTERNVL_TOKENS.values())
-        named = INTERNVL_TOKENS
-    else:
-        special = QWEN_TOKENS
-    backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in [BOS, EOS, PAD, *special]]
-    )
-    extra = {"extra_special_tokens": named} if named else {"additional_special_tokens": special}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_LENGTH,
-        **extra,
     )
 
 
@@ -387,7 +356,7 @@ def make_checkpoint(
         ``directory``.
     """
     directory = Path(directory)
-    tokenizer = _tokenizer(style)
+    tokenizer = byte_tokenizer(SPECIAL_TOKENS[style], model_max_length=MAX_LENGTH)
     model, processor = _BUILDERS[style](tokenizer)
     _randomise(model, 256, SEEDS[style] if seed is None else seed)
     model.generation_config = GenerationConfig(**_ids(tokenizer), do_sample=False)

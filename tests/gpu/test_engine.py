@@ -9,12 +9,14 @@ each model and width is printed at the end of the run (``conftest.py``).
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime import jit
 
 from benchmarks.models import image_placeholder, make_model, noise_image
 from tests.serving.engine import Answer, Engine, distance
@@ -113,6 +115,32 @@ def test_tensor_parallel_ranks_answer_as_one(kind):
     for answers in (cold, warm):
         right = sum(a.text == q.answer for a, q in zip(answers, questions, strict=True))
         assert right >= len(questions) - 2
+
+
+@pytest.mark.parametrize("kind", ["calibquant1", PAPER, PROFILE])
+def test_no_request_waits_for_a_compiler(kind, monkeypatch):
+    """What the start compiles, counted without a GPU in ``tests/test_warmup.py``, is all."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
+        for kernel in vars(module).values():
+            if isinstance(kernel, jit.JITFunction):
+                kernel.device_caches.clear()  # what engines before this one have compiled
+    questions = list(examples("test", 9, 3))
+    late = []
+    with start(model_path(), kind, kv_cache_memory_bytes=1 << 28, **EAGER) as engine:
+        compile_now = jit.JITFunction._do_compile
+
+        def noted(self, *args, **kwargs):
+            late.append(f"{self.fn.__module__}.{self.fn.__name__}")
+            return compile_now(self, *args, **kwargs)
+
+        monkeypatch.setattr(jit.JITFunction, "_do_compile", noted)
+        images = [engine.prompt(q.question, q.image) for q in questions]
+        texts = [engine.prompt(text) for text in TEXTS]
+        engine.ask(images[0])
+        engine.ask(images[0])
+        engine.ask(*images, *texts, max_tokens=20)
+        engine.ask(*(engine.prompt("Read line 1.", q.image) for q in questions), texts[0])
+    assert not [name for name in late if name.startswith("csrc_triton")]
 
 
 LARGE = ["llava-1.5-7b", *filter(None, os.environ.get("GPU_MODELS", "").split(","))]

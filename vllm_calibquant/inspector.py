@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 
 from vllm_calibquant import compat
-from vllm_calibquant.attention.reference import VisualPages, mixed_attention
 from vllm_calibquant.calibrate.probe import BLOCK_SIZE, WatchedLayer
 from vllm_calibquant.config import PROFILE_DTYPE, SECTION, ConfigError
 from vllm_calibquant.inspector_page import render
-from vllm_calibquant.tags import is_visual, page_of, slot_of
+from vllm_calibquant.tags import is_visual
 
 EXACT = "auto"
 OTHER_QUESTION = "What is this?"
@@ -141,15 +140,10 @@ class Recorder(WatchedLayer):
         exact: torch.Tensor,
         blocks: torch.Tensor,
     ) -> Damage:
-        codec, fmt = self.impl.codec, self.impl.codec.page_format
-        coded = is_visual(blocks)
-        pages, index = torch.unique(page_of(blocks[coded]), return_inverse=True)
-        token = slot_of(blocks[coded]) * BLOCK_SIZE + self.slot_mapping[coded] % BLOCK_SIZE
-        used = torch.zeros(len(pages), fmt.tokens, dtype=torch.bool, device=key.device)
-        used[index, token] = True
-        data = kv_cache.view(torch.uint8).flatten(2)[pages]
+        codec, coded = self.impl.codec, is_visual(blocks)
+        visual, index, token = self.pages_of(self.slot_mapping[coded], kv_cache)
 
-        key_codes, value_codes, ranges = fmt.unpack(data)
+        key_codes, value_codes, ranges = codec.page_format.unpack(visual.pages)
         k_scale, k_offset, v_scale, v_offset = ranges.float().unbind(-2)  # [P, Hkv, D] each
         errors, tokens = {}, torch.full((len(blocks),), float("nan"))
         for name, x, codes, scale, offset in (
@@ -168,18 +162,7 @@ class Recorder(WatchedLayer):
                 tokens[coded.cpu()] = ratio(lost.sum((1, 2)), mean).cpu()
 
         behind = int(coded.nonzero().max()) + 1
-        text = ~coded
-        text[behind:] = False
-        attended = mixed_attention(
-            query[behind:],
-            torch.cat([key[text], key[behind:]]),
-            torch.cat([value[text], value[behind:]]),
-            VisualPages(data, used),
-            page_format=fmt,
-            scale=self.impl.scale,
-            calibration=self.impl.calibration,
-            basis=codec.basis,
-        ).float()
+        attended = self.read_codes(query[behind:], key[~coded], value[~coded], visual)
         exact = exact[behind:].float()
         lost, whole = (attended - exact).square().sum((0, 2)), exact.square().sum((0, 2))
 

@@ -128,6 +128,38 @@ class WatchedLayer:
         """Look at a step after its attention; ``output`` may be changed."""
         raise NotImplementedError
 
+    def pages_of(
+        self, slots: torch.Tensor, kv_cache: torch.Tensor
+    ) -> tuple[VisualPages, torch.Tensor, torch.Tensor]:
+        """The pages that visual slots lie in, and page and place there of each."""
+        blocks = slots // BLOCK_SIZE
+        pages, index = torch.unique(page_of(blocks), return_inverse=True)
+        token = slot_of(blocks) * BLOCK_SIZE + slots % BLOCK_SIZE
+        used = torch.zeros(len(pages), self.impl.codec.page_format.tokens, dtype=torch.bool)
+        used = used.to(slots.device)
+        used[index, token] = True
+        return VisualPages(kv_cache.view(torch.uint8).flatten(2)[pages], used), index, token
+
+    def read_codes(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: VisualPages
+    ) -> torch.Tensor:
+        """Attention of a step's last tokens, had they found all its visual tokens in pages.
+
+        ``query`` is ``[T, Hq, D]``, as the result is in float32; ``key`` and ``value`` are those of
+        the step's text tokens, ``[n, Hkv, D]``.
+        """
+        codec: Codec = self.impl.codec
+        return mixed_attention(
+            query,
+            key,
+            value,
+            pages,
+            page_format=codec.page_format,
+            scale=self.impl.scale,
+            calibration=self.impl.calibration,
+            basis=codec.basis,
+        )
+
 
 class ProbedLayer(WatchedLayer):
     """Collects moments, or reads the step's own codes, as its mode asks."""
@@ -162,24 +194,8 @@ class ProbedLayer(WatchedLayer):
                 self.moments = Moments.zeros(key.shape[1], key.shape[2], key.device)
             self.moments.add(query, key, value, pages, self.output_weight, self.impl.scale)
             return
-        codec: Codec = self.impl.codec
-        pages, index = torch.unique(page_of(blocks[coded]), return_inverse=True)
-        used = torch.zeros(len(pages), codec.page_format.tokens, dtype=torch.bool)
-        used = used.to(key.device)
-        offset = slots[coded] % BLOCK_SIZE
-        used[index, slot_of(blocks[coded]) * BLOCK_SIZE + offset] = True
-        rows = ~coded
-        rows[behind:] = False
-        attended = mixed_attention(
-            query,
-            torch.cat([key[rows], key[behind:]]),
-            torch.cat([value[rows], value[behind:]]),
-            VisualPages(kv_cache.view(torch.uint8).flatten(2)[pages], used),
-            page_format=codec.page_format,
-            scale=self.impl.scale,
-            calibration=self.impl.calibration,
-            basis=codec.basis,
-        )
+        visual, _, _ = self.pages_of(slots[coded], kv_cache)
+        attended = self.read_codes(query, key[~coded], value[~coded], visual)
         output.view(-1, *attended.shape[1:])[behind:n] = attended.to(output.dtype)
 
 

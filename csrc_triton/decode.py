@@ -16,7 +16,7 @@ from .tables import DeviceFormat, cache_words, pipeline_stages
 
 try:
     from .decode_gluon import _decode_kernel
-    from .decode_profile_gluon import _decode_kernel as _profile_kernel
+    from .profile_gluon import _attend_kernel as _profile_kernel
 
     GLUON = True
 except ImportError:  # a Triton without Gluon: the plain kernels serve everything
@@ -196,16 +196,7 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
-        and (
-            (serves_uniform(fmt) and group <= 16)
-            or (
-                group <= 8
-                and fmt.key_pairs is not None
-                and fmt.value_pairs is not None
-                and fmt.page.key_planes <= MAX_KEY_PLANES
-                and fmt.page.value_planes <= MAX_VALUE_PLANES
-            )
-        )
+        and ((serves_uniform(fmt) and group <= 16) or (serves_planes(fmt) and group <= 8))
     )
 
 
@@ -213,6 +204,16 @@ def serves_uniform(fmt: DeviceFormat) -> bool:
     """Whether the kernel for components of one width serves a format."""
     page, bits = fmt.page, fmt.uniform_bits
     return bits in (1, 2, 4) and page.slots == PageFormat.uniform(page.head_size, bits).slots
+
+
+def serves_planes(fmt: DeviceFormat) -> bool:
+    """Whether the kernel for components of any width serves a format."""
+    return (
+        fmt.key_pairs is not None
+        and fmt.value_pairs is not None
+        and fmt.page.key_planes <= MAX_KEY_PLANES
+        and fmt.page.value_planes <= MAX_VALUE_PLANES
+    )
 
 
 def dependent_launch(device: torch.device) -> bool:
@@ -270,12 +271,13 @@ def _split_profile(
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0),
             tables.items, tables.item_start, tables.program_item, tables.plan,
+            tables.num_runs, tables.num_runs, 0, 0, 0, 0, 1,
             scratch.out, scratch.lse, scratch.low, scratch.high,
             fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
-            NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, N=8, D=d,
+            NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, D=d,
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
-            RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, PDL=pdl,
-            num_warps=1, maxnreg=MAX_REGISTERS[mode],
+            RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=True,
+            PDL=pdl, num_warps=1, maxnreg=MAX_REGISTERS[mode],
             **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 ``out = sum_i w_i out_i / sum_i w_i`` with ``w_i = exp(lse_i - max lse)``.  One kernel merges the
 splits of a decode step with the text part; another merges up to three parts of a prefill step.
 
-A split of :mod:`csrc_triton.decode_profile_gluon` has a number for each plane of V, which add up to
+A split of :mod:`csrc_triton.profile_gluon` has a number for each plane of V, which add up to
 those of components here, ``PLANES`` of them before one for the offset of each component.
 """
 

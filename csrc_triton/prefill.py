@@ -12,51 +12,65 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_calibquant.format import PageFormat
-
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
+from .decode import MAX_REGISTERS, serves_planes, serves_uniform
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words, pipeline_stages
 
 try:
     from .prefill_gluon import ROWS, _prefill_kernel
+    from .profile_gluon import ROWS as PLANE_ROWS
+    from .profile_gluon import _attend_kernel as _planes_kernel
 
     GLUON = True
 except ImportError:  # a Triton without Gluon
     GLUON = False
 
 MAX_SPLITS = 16
-PROGRAMS_PER_SM = {"gluon": 8, "triton": 2}
+PROGRAMS_PER_SM = {"gluon": 8, "planes": 12, "triton": 2}
 """Programs that a multiprocessor runs at once: shares are made while there are fewer."""
+
+PART_ROWS = 1024
+"""Queries whose partial results are held at a time: one number for each plane and channel."""
 
 
 @triton.jit(
     do_not_specialize=[
-        "first_req", "stride_ls", "stride_lh", "stride_ph", "max_query_len", "splits",
+        "first_req", "first_query", "stride_ls", "stride_lh", "stride_pr", "stride_ph", "window",
+        "splits",
     ]
 )  # fmt: skip
 def _merge_kernel(
-    p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req,
-    p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_ph, max_query_len,
-    splits, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
+    p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req, first_query,
+    p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_pr, stride_ph, window,
+    splits, p_plane, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
+    """With PLANES, parts have a row for each query of the window, as in csrc_triton.merge."""
     i_head = tl.program_id(1)
-    req = first_req + tl.program_id(0) // max_query_len
-    row = tl.load(p_query_start + req) + tl.program_id(0) % max_query_len
+    req = first_req + tl.program_id(0) // window
+    row = tl.load(p_query_start + req) + first_query + tl.program_id(0) % window
     if row >= tl.load(p_query_start + req + 1):
         return
     row = row.to(tl.int64)
+    i_part = row
+    if PLANES > 0:
+        i_part = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BS)
     m_s = o_s < splits
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    p_lses = p_part_lse + o_s * stride_ls + i_head * stride_ph + row
+    p_lses = p_part_lse + o_s * stride_ls + i_head * stride_ph + i_part * stride_pr
     lse = tl.load(p_lses, mask=m_s, other=float("-inf"))
     top = tl.max(lse, 0)
     weight = tl.exp(lse - tl.where(top > float("-inf"), top, 0.0))
-    p_row = p_part + (row * NUM_HEADS + i_head) * D
+    p_row = p_part + (i_part * NUM_HEADS + i_head) * (PLANES + D) + o_s[:, None] * stride_os
     m = m_s[:, None] & m_d[None, :]
-    part = tl.load(p_row + o_s[:, None] * stride_os + o_d[None, :], mask=m, other=0)
+    part = tl.load(p_row + PLANES + o_d[None, :], mask=m, other=0).to(tl.float32)
+    for b in tl.static_range(BITS):
+        plane = tl.load(p_plane + b * D + o_d, mask=m_d, other=-1)
+        m_bit = m & (plane >= 0)[None, :]
+        part += tl.load(p_row + plane[None, :], mask=m_bit, other=0) * (1 << b)
     total = tl.sum(weight, 0)
     some = tl.where(total > 0, total, 1.0)
     out = tl.sum(part * weight[:, None], 0) / some
@@ -137,6 +151,12 @@ def prefill_attention(
     use_gluon = kernel != "triton" and gluon_prefills(fmt, query.device)
     if kernel == "gluon" and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
+    if use_gluon and not serves_uniform(fmt):
+        _prefill_planes(
+            tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request, num_requests,
+            max_query_len, scale, calibration, splits,
+        )  # fmt: skip
+        return
     rows = max_query_len * group
     block = ROWS if use_gluon else 16 if rows <= 16 else 64
     tiles = triton.cdiv(rows, block)
@@ -188,19 +208,70 @@ def prefill_attention(
         )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_requests * max_query_len, num_heads)](
-            part, part_lse, stride_os, stride_ls, query_start_loc, first_request,
-            out, out.stride(0), out.stride(1), lse, lse.stride(0), part_lse.stride(1),
-            max_query_len, splits, D=d, BD=bd, NUM_HEADS=num_heads, BS=MAX_SPLITS, num_warps=2,
+            part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,
+            out, out.stride(0), out.stride(1), lse, lse.stride(0), 1, part_lse.stride(1),
+            max_query_len, splits, fmt.value_plane, D=d, BD=bd, NUM_HEADS=num_heads, BS=MAX_SPLITS,
+            PLANES=0, BITS=0, num_warps=2,
+        )  # fmt: skip
+
+
+def _prefill_planes(
+    tables: StepTables,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first_request: int,
+    num_requests: int,
+    max_query_len: int,
+    scale: float,
+    calibration: tuple[float, float] | None,
+    splits: int | None,
+) -> None:
+    """The same for components of any width; some queries of each request at a time."""
+    num_heads, d = query.shape[1:]
+    num_kv_heads = kv_cache.shape[1]
+    group, page, planes = num_heads // num_kv_heads, fmt.page, fmt.page.value_planes
+    window = min(max_query_len, max(PART_ROWS // num_requests, 16))
+    tiles = triton.cdiv(window * group, PLANE_ROWS)
+    if splits is None:
+        at_once = PROGRAMS_PER_SM["planes"] * _multiprocessors(query.device)
+        splits = min(MAX_SPLITS, max(at_once // (tiles * num_kv_heads * num_requests), 1))
+    shape = (splits, num_requests * window, num_heads)
+    part_lse, low, high = torch.empty(3, *shape, dtype=torch.float32, device=query.device)
+    part = torch.empty(*shape, planes + d, dtype=torch.float32, device=query.device)
+    tau_min, tau_max = calibration or (0.0, 0.0)
+    for first_query in range(0, max_query_len, window):
+        for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+            _planes_kernel[(tiles, num_kv_heads, num_requests * splits)](
+                query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+                kv_cache.stride(0), kv_cache.stride(1), tables.runs, tables.runs.stride(0),
+                tables.items, tables.item_start, tables.program_item, tables.plan,
+                tables.num_runs, query_start_loc, first_request, num_requests, first_query, window,
+                splits, part, part_lse, low, high,
+                fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
+                NUM_HEADS=num_heads, GROUP=group, D=d, KEY_PLANES=page.key_planes,
+                VALUE_PLANES=planes, SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
+                HALF=tables.half_slots, MODE=mode, DECODE=False, PDL=False, num_warps=1,
+                maxnreg=MAX_REGISTERS[mode],
+            )  # fmt: skip
+        _merge_kernel[(num_requests * window, num_heads)](
+            part, part_lse, part.stride(0), part_lse.stride(0), query_start_loc, first_request,
+            first_query, out, out.stride(0), out.stride(1), lse, lse.stride(0), num_heads, 1,
+            window, splits, fmt.value_plane, D=d, BD=triton.next_power_of_2(d),
+            NUM_HEADS=num_heads, BS=MAX_SPLITS, PLANES=planes, BITS=fmt.value_plane.shape[0],
+            num_warps=2,
         )  # fmt: skip
 
 
 def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
-    """Whether the Gluon kernel serves a format and device."""
+    """Whether a Gluon kernel serves a format and device."""
     return (
         GLUON
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and fmt.uniform_bits in (1, 2, 4)
         and fmt.page.head_size in (64, 128)
-        and fmt.page.slots == PageFormat.uniform(fmt.page.head_size, fmt.uniform_bits).slots
+        and (serves_uniform(fmt) or serves_planes(fmt))
     )

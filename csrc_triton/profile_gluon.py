@@ -1,14 +1,16 @@
-"""Decode attention over pages of a profile in Gluon: components of any width, K and V apart.
+"""Attention over pages of a profile in Gluon: components of any width, K and V apart.
 
-A program is one warp with a share of the step's half runs and one KV head, as in
-:mod:`csrc_triton.decode_gluon`.  What differs is that planes are rows and columns of their own:
+A program is one warp.  In decode it has a share of the step's half runs and the queries of one KV
+head, as in :mod:`csrc_triton.decode_gluon`; in prefill a share of a request's runs and 8 rows,
+pairs of query token and head of one KV head.  What differs from the kernels for one width is that
+planes are rows and columns of their own:
 
 * scores: the query has a row for each plane, its component's times ``2**bit``.  It waits in shared
   memory; a page's K scales are copied into the order of planes, so that their product is as cheap
   as with one bit.
 * output: the accumulator has a row for each plane, in units of the page's V scale as in
   :mod:`csrc_triton.prefill_gluon`, and one for each component for the offsets.  What the planes
-  stand for is added up in the merge (:mod:`csrc_triton.merge`).
+  stand for is added up in the merge (:mod:`csrc_triton.merge`, :mod:`csrc_triton.prefill`).
 
 Copies move pairs of 16-bit scales, so neighbouring planes must be neighbouring components
 (``DeviceFormat.key_pairs``).
@@ -59,6 +61,11 @@ _P_UNIT = gl.constexpr(2.0**-60)
 
 _LEAST = gl.constexpr(2.0**-20)
 """Least unit of a plane: a scale of 0 has none, and a smaller one is lost in rounding."""
+
+ROWS = 8
+"""Rows of a program."""
+
+_N = gl.constexpr(ROWS)
 
 _ROW_WORDS = gl.constexpr(128)
 """Words of a row of code words in shared memory."""
@@ -353,16 +360,20 @@ def _inverse(x):
     )
 
 
-@gluon.jit
-def _decode_kernel(
+# One compilation for all steps: what changes from step to step is not specialised.
+@gluon.jit(do_not_specialize=["first_req", "num_reqs", "first_query", "window", "splits"])
+def _attend_kernel(
     p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_items, p_item_start, p_program_item, p_plan,
+    p_num_runs, p_query_start, first_req, num_reqs, first_query, window, splits,
     p_out, p_lse, p_low, p_high, p_key_source, p_key_pairs, p_value_pairs,
     scale, tau_min, tau_max,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     KEY_PLANES: gl.constexpr, VALUE_PLANES: gl.constexpr, SLOTS: gl.constexpr,
-    RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr, MODE: gl.constexpr, PDL: gl.constexpr,
+    RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr, MODE: gl.constexpr, DECODE: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
+    """In prefill, rows are queries ``first_query .. first_query + window - 1`` of each request."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -370,25 +381,40 @@ def _decode_kernel(
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)  # queries
     DTYPE: gl.constexpr = p_cache.dtype.element_ty
     PIECES: gl.constexpr = _num_pieces(VALUE_PLANES)
-
-    if PDL:
-        gdc_launch_dependents()  # the next launch waits for this one's results itself
-    i_head = gl.program_id(0)
-    i_program = gl.program_id(1)
-    num_programs = gl.load(p_plan)
-    item_begin = gl.load(p_program_item + i_program)
-    item_end = gl.load(p_program_item + i_program + 1)
-    if i_program >= num_programs:
-        return
+    N: gl.constexpr = _N
 
     o_k = gl.arange(0, D, gl.SliceLayout(1, B))
     o_n = gl.arange(0, N, gl.SliceLayout(0, B))
-    m_n = (o_n < GROUP)[None, :]
     o_c = gl.arange(0, N, COLUMN)
     o_d = gl.arange(0, D, ROW)
-    m_c = o_c < GROUP
-    o_h = i_head * GROUP + o_c
     unit = scale * LOG2E * 1073741824.0  # 2**SCORE_EXP: accumulators to log2 of a probability
+    if DECODE:
+        if PDL:
+            gdc_launch_dependents()  # the next launch waits for this one's results itself
+        i_head = gl.program_id(0)
+        i_program = gl.program_id(1)
+        num_programs = gl.load(p_plan)
+        item_begin = gl.load(p_program_item + i_program)
+        item_end = gl.load(p_program_item + i_program + 1)
+        if i_program >= num_programs:
+            return
+        m_n = o_n < GROUP
+        m_c = o_c < GROUP
+    else:
+        i_head = gl.program_id(1)
+        i_req = gl.program_id(2) // splits
+        i_split = gl.program_id(2) % splits
+        req = first_req + i_req
+        query_begin = gl.load(p_query_start + req) + first_query
+        num_rows = gl.minimum(gl.load(p_query_start + req + 1) - query_begin, window) * GROUP
+        first_row = gl.program_id(0) * N
+        if first_row >= num_rows:
+            return
+        num_runs = gl.load(p_num_runs + req)
+        item_begin = 0
+        item_end = 1
+        m_n = first_row + o_n < num_rows
+        m_c = first_row + o_c < num_rows
 
     # Two stages for K and the ranges of both parts, which come while the page before is used; the
     # codes of V come when those of the page before have been used.
@@ -408,14 +434,24 @@ def _decode_kernel(
         value_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
         value_pairs = _pairs(p_value_pairs, VALUE_PLANES)
     for i_item in range(item_begin, item_end):
-        req = gl.load(p_items + 4 * i_item)
-        begin = gl.load(p_items + 4 * i_item + 1)
-        end = gl.load(p_items + 4 * i_item + 2)
-        first = gl.load(p_items + 4 * i_item + 3)
-        run_begin = begin // 2
-        run_end = (end + 1) // 2
-        p_run = p_runs + req.to(gl.int64) * stride_runs
-        last_slot = gl.load(p_run + run_begin * 2 + 1)
+        if DECODE:
+            req = gl.load(p_items + 4 * i_item)
+            begin = gl.load(p_items + 4 * i_item + 1)
+            end = gl.load(p_items + 4 * i_item + 2)
+            first = gl.load(p_items + 4 * i_item + 3)
+            run_begin = begin // 2
+            run_end = (end + 1) // 2
+            p_run = p_runs + req.to(gl.int64) * stride_runs
+            last_slot = gl.load(p_run + run_begin * 2 + 1)
+        else:
+            run_begin = (num_runs * i_split.to(gl.int64) // splits).to(gl.int32)
+            run_end = (num_runs * (i_split + 1).to(gl.int64) // splits).to(gl.int32)
+            begin = 2 * run_begin
+            end = 2 * run_end
+            p_run = p_runs + req.to(gl.int64) * stride_runs
+            earliest = gl.maximum(gl.minimum(run_begin, run_end - 1), 0)  # a share may be empty
+            first = gl.load(p_run + earliest * 2)
+            last_slot = gl.load(p_run + earliest * 2 + 1)
         base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
         p_page = p_words + base // 2
         stage = 0
@@ -428,18 +464,36 @@ def _decode_kernel(
             _fetch_codes(values, 0, p_page + CODES, VALUE_PLANES, SLOTS)
             async_copy.commit_group()
 
-        p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
-        q = gl.load(p_qi + o_k[:, None], mask=m_n, other=0.0).to(gl.bfloat16)
-        _store_query(queries, p_qi, m_n, p_key_source, KEY_PLANES, B)
+        if DECODE:
+            p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n) * stride_qh
+            at = i_item.to(gl.int64) * NUM_HEADS + i_head * GROUP + o_c
+        else:
+            token = (query_begin + (first_row + o_n) // GROUP).to(gl.int64)
+            p_qi = p_q + token * stride_qt
+            p_qi += (i_head * GROUP + (first_row + o_n) % GROUP) * stride_qh
+            at = (i_split * num_reqs + i_req).to(gl.int64) * window
+            at = (at + (first_row + o_c) // GROUP) * NUM_HEADS
+            at += i_head * GROUP + (first_row + o_c) % GROUP
+        q = gl.load(p_qi[None, :] + o_k[:, None], mask=m_n[None, :], other=0.0).to(gl.bfloat16)
+        _store_query(queries, p_qi[None, :], m_n[None, :], p_key_source, KEY_PLANES, B)
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
-            if PDL:
-                gdc_wait()  # for the extremes; all else was there before the launch that finds them
-            low, high = _request_extremes(
-                p_low, p_high, gl.load(p_item_start + req), gl.load(p_item_start + req + 1), o_h,
-                m_c, NUM_HEADS, MMA,
-            )  # fmt: skip
+            if DECODE:
+                if PDL:
+                    gdc_wait()  # for the extremes; all else was there before their launch
+                low, high = _request_extremes(
+                    p_low, p_high, gl.load(p_item_start + req), gl.load(p_item_start + req + 1),
+                    i_head * GROUP + o_c, m_c, NUM_HEADS, MMA,
+                )  # fmt: skip
+            else:
+                low = gl.full([N], float("inf"), gl.float32, COLUMN)
+                high = gl.full([N], float("-inf"), gl.float32, COLUMN)
+                share = (at * 0 + num_reqs) * window * NUM_HEADS
+                for i_other in range(splits):
+                    there = at + (i_other - i_split) * share
+                    low = gl.minimum(low, gl.load(p_low + there, mask=m_c, other=0.0))
+                    high = gl.maximum(high, gl.load(p_high + there, mask=m_c, other=0.0))
             slope, calibrated = calibration(low, high, tau_min, tau_max)
             factor = factor * slope
             shift = _P_EXP - high * slope * LOG2E
@@ -558,18 +612,19 @@ def _decode_kernel(
                 async_copy.commit_group()
             stage = 1 - stage
 
-        at = i_item.to(gl.int64) * NUM_HEADS + o_h
         if MODE == 1:
             unit_score = scale * 1073741824.0
             gl.store(p_low + at, low * unit_score, mask=m_c)
             gl.store(p_high + at, high * unit_score, mask=m_c)
         else:
+            some = l_i > 0
+            safe = gl.where(some, l_i, 1.0)
             if MODE == 2:
-                lse = calibrated + gl.log(l_i)
+                lse = calibrated + gl.log(safe)
             else:
-                lse = m_i / LOG2E + gl.log(l_i)
-            gl.store(p_lse + at, lse, mask=m_c)
-            share = 1.0 / gl.where(l_i > 0, l_i, 1.0)
+                lse = m_i / LOG2E + gl.log(safe)
+            gl.store(p_lse + at, gl.where(some, lse, float("-inf")), mask=m_c)
+            share = 1.0 / safe
             p_row = p_out + (at * (VALUE_PLANES + D))[None, :]
             units = _value_units(value_scales, 1 - stage, DTYPE, ROW)
             for i in gl.static_range(PIECES):
@@ -577,6 +632,8 @@ def _decode_kernel(
                 weight = units[i] * pow2(-exponent(o_p // 8) - _P_EXP)
                 weight = gl.where(o_p // 8 == 15, -0.5 * weight, weight)
                 out = acc[i] * weight[:, None] * share[None, :]
+                if not DECODE:  # without a page there is no unit either
+                    out = gl.where(some[None, :], out, 0.0)
                 p_plane = p_row + (_piece_first(VALUE_PLANES, i) + o_p)[:, None]
                 gl.store(p_plane, out, mask=m_c[None, :])
             out = offsets * share[None, :]

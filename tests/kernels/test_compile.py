@@ -197,29 +197,29 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "mode", "case"),
+    ("capability", "mode", "case", "prefill"),
     [
-        (90, attention.ATTEND, "192 + 128 planes"),
-        (90, attention.CALIBRATE, "160 + 96 planes"),
-        (80, attention.EXTREMES, "256 + 128 planes"),
-        (80, attention.ATTEND, "64 + 160 planes, 64 channels"),
+        (90, attention.ATTEND, "192 + 128 planes", False),
+        (90, attention.CALIBRATE, "160 + 96 planes", True),
+        (80, attention.EXTREMES, "256 + 128 planes", False),
+        (80, attention.ATTEND, "64 + 160 planes, 64 channels", True),
     ],
 )
-def test_gluon_decode_profile(capability, mode, case, tmp_path):
+def test_gluon_profile(capability, mode, case, prefill, tmp_path):
     gluon = pytest.importorskip("triton.experimental.gluon._runtime")
-    from csrc_triton.decode_profile_gluon import _decode_kernel
+    from csrc_triton.profile_gluon import _attend_kernel
 
     head_size, key, value, slots, group = test_decode.PROFILES[case]
     page = make_format(head_size, tuple(counted_bits(head_size, *c) for c in (key, value))).page
     constants = {
-        "NUM_HEADS": 4 * group, "GROUP": group, "N": 8, "D": head_size,
+        "NUM_HEADS": 4 * group, "GROUP": group, "D": head_size,
         "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": slots,
         "RANGE_OFFSET": page.range_offset // 2, "HALF": metadata.half_slots(slots), "MODE": mode,
-        "PDL": capability >= 90,
+        "DECODE": not prefill, "PDL": capability >= 90,
     }  # fmt: skip
     compiled = compile_kernel(
-        _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
-        maxnreg=decode.max_registers(mode, group),
+        _attend_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
+        maxnreg=decode.MAX_REGISTERS[mode],
     )  # fmt: skip
     assert compiled.metadata.shared + 1024 <= 227 * 1024 // 11, "eleven warps a multiprocessor"
     sass = disassembly(compiled, tmp_path)

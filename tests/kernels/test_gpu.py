@@ -123,6 +123,18 @@ def test_prefill_shares_of_a_context(head_size, bits, splits, kernel, calibratio
     )
 
 
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("splits", [None, 1, 16])
+@pytest.mark.parametrize("case", test_decode.PROFILES)
+def test_prefill_profile(case, splits, kernel, calibration):
+    head_size, key, value, _, group = test_decode.PROFILES[case]
+    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    test_prefill.run_chunks(
+        head_size, bits, group, calibration, device="cuda", splits=splits, kernel=kernel
+    )
+
+
 @pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 7, 64)])
 def test_turned_queries_and_outputs(head_size, group, tokens):
     test_basis.run(head_size, group, tokens, device="cuda")

@@ -13,7 +13,7 @@ from tests.kernels.interpreted import test_prefill as prefill_cases
 from tests.kernels.interpreted import test_store as store_cases
 
 decode_gluon = pytest.importorskip("csrc_triton.decode_gluon")
-decode_profile_gluon = pytest.importorskip("csrc_triton.decode_profile_gluon")
+profile_gluon = pytest.importorskip("csrc_triton.profile_gluon")
 prefill_gluon = pytest.importorskip("csrc_triton.prefill_gluon")
 store_gluon = pytest.importorskip("csrc_triton.store_gluon")
 store = importlib.import_module("csrc_triton.store")  # the package has a function of this name
@@ -24,8 +24,9 @@ CALIBRATION = (0.0, 3.0)
 @pytest.fixture(autouse=True)
 def gluon(monkeypatch):
     monkeypatch.setattr(decode, "_decode_kernel", Launcher(decode_gluon._decode_kernel))
-    profile_kernel = Launcher(decode_profile_gluon._decode_kernel)
+    profile_kernel = Launcher(profile_gluon._attend_kernel)
     monkeypatch.setattr(decode, "_profile_kernel", profile_kernel)
+    monkeypatch.setattr(prefill, "_planes_kernel", profile_kernel)
     monkeypatch.setattr(decode, "gluon_serves", lambda *args: True)
     monkeypatch.setattr(prefill, "_prefill_kernel", Launcher(prefill_gluon._prefill_kernel))
     monkeypatch.setattr(prefill, "gluon_prefills", lambda *args: True)
@@ -82,6 +83,17 @@ def test_decode_float16():
 )
 def test_prefill(head_size, bits, splits, calibration):
     prefill_cases.run_chunks(head_size, bits, 7, calibration, splits=splits, kernel="gluon")
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize(
+    ("case", "splits"), [("192 + 128 planes", 1), ("64 + 160 planes, 64 channels", 3)]
+)
+def test_prefill_profile(case, splits, calibration, monkeypatch):
+    monkeypatch.setattr(prefill, "PART_ROWS", 48)  # 16 queries of each request at a time
+    head_size, key, value, _, _ = decode_cases.PROFILES[case]
+    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    prefill_cases.run_chunks(head_size, bits, 3, calibration, splits=splits, kernel="gluon")
 
 
 @pytest.mark.parametrize("name", ["1 bit, 64", "1 bit, 128", "2 bit, 64, fp16", "4 bit, 128"])

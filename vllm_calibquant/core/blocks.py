@@ -88,8 +88,13 @@ Block: TypeAlias = KVCacheBlock | VisualBlock
 
 def distinct_pages(blocks: Iterable[Block]) -> list[KVCacheBlock]:
     """Pages of a request's blocks, each once, in order of their first block."""
-    pages = (b.page if isinstance(b, VisualBlock) else b for b in blocks)
-    return list({id(page): page for page in pages}.values())
+    pages: dict[int, KVCacheBlock] = {}
+    last = None
+    for block in blocks:
+        page = block.page if isinstance(block, VisualBlock) else block
+        if page is not last:  # neighbours share a page
+            pages[id(page)] = last = page
+    return list(pages.values())
 
 
 def visual_pages(blocks: Iterable[Block]) -> list[KVCacheBlock]:

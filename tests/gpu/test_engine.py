@@ -108,7 +108,9 @@ def test_wide_codes_answer_as_16_bits_do(answers):
 @pytest.mark.parametrize("kind", ["calibquant2", PROFILE])
 def test_tensor_parallel_ranks_answer_as_one(kind):
     questions = list(examples("test", 7, 2))
-    with start(model_path(), kind, tensor_parallel_size=2, **GRAPHS) as engine:
+    with start(
+        model_path(), kind, tensor_parallel_size=2, gpu_memory_utilization=0.3, **GRAPHS
+    ) as engine:
         prompts = [engine.prompt(q.question, q.image) for q in questions]
         cold, warm = engine.ask(*prompts), engine.ask(*prompts)
     assert all(a.hit >= 576 for a in warm)

@@ -27,8 +27,10 @@ export OMP_NUM_THREADS ?= 1
 demo: $(STAMP)
 	@$(BIN)/python -m deploy.demo
 
+# Two processes, which take one file after the other: its tests share engines.  By name, as it
+# happens, the files that take long come before the last ones.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

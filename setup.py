@@ -39,6 +39,7 @@ setup(
             "pillow",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "pyyaml",
             "ruff",
             "triton",

@@ -44,7 +44,7 @@ PRESETS = {
 
 FACTORS: dict[tuple[str, int], tuple[float, float]] = {
     ("midpoint", 1): (0.55, 0.55),
-    ("midpoint", 2): (0.8, 0.8),
+    ("midpoint", 2): (1.0, 0.9),
     ("minmax", 1): (0.5, 0.3),
 }
 """Range factors of K and V by estimator and bits; 1 where nothing is said.

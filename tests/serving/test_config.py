@@ -28,10 +28,14 @@ def load(dtype: str = "calibquant1", **section: object) -> CalibQuantConfig:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits", "factor"),
-    [("calibquant1", 1, 0.55), ("calibquant2", 2, 0.8), ("calibquant4", 4, 1.0)],
+    ("dtype", "bits", "factors"),
+    [
+        ("calibquant1", 1, (0.55, 0.55)),
+        ("calibquant2", 2, (1.0, 0.9)),
+        ("calibquant4", 4, (1.0, 1.0)),
+    ],
 )
-def test_defaults(dtype, bits, factor) -> None:
+def test_defaults(dtype, bits, factors) -> None:
     for nothing in (
         None,
         {},
@@ -42,7 +46,7 @@ def test_defaults(dtype, bits, factor) -> None:
         config = load_config(dtype, nothing)
         assert bits_of(dtype) == config.bits == bits
         assert config.estimator == "midpoint" and not config.calibrated
-        assert (config.key_factor, config.value_factor) == (factor, factor)
+        assert (config.key_factor, config.value_factor) == factors
         assert (config.modalities, config.layers_16bit) == (("image", "video"), ())
 
 

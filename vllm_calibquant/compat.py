@@ -11,13 +11,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.config import DTYPE_BITS, ConfigError
-from vllm_calibquant.tags import is_visual
-
-if TYPE_CHECKING:
-    import numpy as np
 
 VLLM_VERSIONS = ("0.32.0",)
 """vLLM releases whose private names are known here; all other releases are refused."""
@@ -89,7 +86,7 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
-        "note which requests have a visual block",
+        "note which requests have a visual block, and which a text block where codes were",
         "the block table lives on the GPU, and a batch without visual pages must take vLLM's own "
         "path without asking the GPU",
         "when attention metadata carries block ids on the host",
@@ -107,10 +104,6 @@ PATCHES = (
         "when it has",
     ),
 )
-
-
-_VISUAL_REQUESTS: set[int] = set()
-"""Rows of the worker's block table that have a visual block."""
 
 
 def vllm_version() -> str:
@@ -202,7 +195,7 @@ def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def watch_block_tables() -> None:
-    """Keep track, in a GPU worker, of the requests that have a visual block."""
+    """Keep :data:`BLOCK_ROWS` of a GPU worker."""
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     original = BlockTables.append_block_ids
@@ -213,19 +206,11 @@ def watch_block_tables() -> None:
     def append_block_ids(
         self: Any, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
     ) -> None:
-        if overwrite:
-            _VISUAL_REQUESTS.discard(req_index)
-        if any(is_visual(max(group)) for group in new_block_ids if group):
-            _VISUAL_REQUESTS.add(req_index)
+        BLOCK_ROWS.append(req_index, new_block_ids, overwrite)
         original(self, req_index, new_block_ids, overwrite)
 
     append_block_ids.__calibquant__ = True  # type: ignore[attr-defined]
     BlockTables.append_block_ids = append_block_ids
-
-
-def any_visual(rows: np.ndarray) -> bool:
-    """Whether a request in one of these rows of the worker's block table has a visual block."""
-    return bool(_VISUAL_REQUESTS) and not _VISUAL_REQUESTS.isdisjoint(rows.tolist())
 
 
 def scheduler_of(llm: Any) -> Any:

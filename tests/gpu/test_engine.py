@@ -23,6 +23,7 @@ from tests.serving.engine import Answer, Engine, distance
 from tests.tinyvlm.dataset import examples
 from tests.tinyvlm.profiles import profile_path
 from tests.tinyvlm.unpack import model_path
+from vllm_calibquant.block_rows import BLOCK_ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -102,6 +103,27 @@ def test_wide_codes_answer_as_16_bits_do(answers):
         assert same >= len(ours["cold"]) - (0 if dtype == "calibquant4" else 3)
         worst = max(distance(a, b) for a, b in zip(ours["cold"], stock["cold"], strict=True))
         assert worst < bound, dtype
+
+
+@pytest.mark.parametrize("settings", [EAGER, GRAPHS], ids=["eager", "graphs"])
+def test_text_where_codes_were_is_that_of_stock(settings):
+    settings = {**settings, "max_model_len": 1024}
+    questions = list(examples("test", 9, 4))
+    texts = [f"{i} {text}" for i in range(2) for text in TEXTS]
+    with start(model_path(), "auto", **settings, kv_cache_memory_bytes=1 << 28) as engine:
+        stock = engine.ask(*map(engine.prompt, texts), max_tokens=48, ignore_eos=True)
+    with start(model_path(), "calibquant1", **settings, kv_cache_memory_bytes=8 << 20) as engine:
+        for question in questions:
+            engine.ask(engine.prompt(question.question, question.image))
+        # Codes are any bytes: these read as NaN.
+        old = BLOCK_ROWS._code_pages.copy()
+        assert len(old) > 30
+        for cache in engine.caches:
+            cache.view(torch.uint8)[sorted(old)] = 0xFF
+        engine.forget()
+        ours = engine.ask(*map(engine.prompt, texts), max_tokens=48, ignore_eos=True)
+        assert len(BLOCK_ROWS._code_pages) < len(old) - 10
+    assert [a.said for a in ours] == [a.said for a in stock]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -204,14 +226,14 @@ def watch_layers(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
     forward, build = cuda.MixedCUDAImpl.forward, cuda.MixedCUDAMetadataBuilder._build
     batch: dict[str, Any] = {}
 
-    def watched_build(self, common, fast_build, visual):
+    def watched_build(self, common, fast_build, visual, stock=False):
         batch.update(
             table=common.block_table_tensor.cpu(),
             starts=common.query_start_loc.cpu(),
             lengths=common.seq_lens.cpu(),
             slots=self.kv_cache_spec.slots,
         )
-        return build(self, common, fast_build, visual)
+        return build(self, common, fast_build, visual, stock)
 
     def watched(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs):
         result = forward(

@@ -33,7 +33,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import csrc_triton as kernels
-from vllm_calibquant import compat
 from vllm_calibquant.attention.common import (
     BLOCK_SIZE,
     MixedBackend,
@@ -42,6 +41,7 @@ from vllm_calibquant.attention.common import (
 )
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.attention.warmup import warm_up
+from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.quantize import RangeEstimator
 from vllm_calibquant.tags import is_visual
@@ -96,7 +96,7 @@ class Step:
     prefills: bool = True
     """Whether a request has more than one new token: others cannot fill a visual page."""
     stock: bool = False
-    """Whether no request of the step has a visual page, and no graph is captured."""
+    """Whether vLLM's own op can write it: no visual page, none that held codes, no graph."""
 
 
 @dataclass
@@ -176,15 +176,21 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> MixedCUDAMetadata:
         """Metadata of a step."""
         requests = common_attn_metadata.req_idx
-        visual = requests is not None and compat.any_visual(requests)
-        return self._build(common_attn_metadata, fast_build, visual)
+        rows = [] if requests is None else requests.tolist()
+        visual = BLOCK_ROWS.any_visual(rows)
+        stock = not (visual or BLOCK_ROWS.any_recycled(rows))
+        return self._build(common_attn_metadata, fast_build, visual, stock)
 
     def _build(
-        self, common: CommonAttentionMetadata, fast_build: bool, visual: bool
+        self,
+        common: CommonAttentionMetadata,
+        fast_build: bool,
+        visual: bool,
+        stock: bool = False,
     ) -> MixedCUDAMetadata:
         self.step.prefills = common.max_query_len > 1
-        self.step.stock = not visual
-        if self.step.prefills and not visual:
+        self.step.stock = stock
+        if self.step.prefills and stock:
             return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=1
@@ -198,6 +204,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             common.slot_mapping,
             num_decodes=num_decodes,
         )
+        if num_prefills and not visual:
+            return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         # FlashAttention sees the decodes only, and of them the text only.
         decodes = copy(common)  # dataclasses.replace takes several times as long
         vars(decodes).update(

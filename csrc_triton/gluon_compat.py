@@ -9,6 +9,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 """Copy from global to shared memory; the later versions keep the older name to refuse it."""
 
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+"""Wait for the other threads of the program, and see what they have stored."""
+
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @gluon.jit

@@ -116,13 +116,13 @@ def _piece_size(planes, i):
 
 
 @gluon.constexpr_function
-def _num_sections(planes):
+def num_sections(planes):
     """Sections of a part."""
     return planes.bit_count()
 
 
 @gluon.constexpr_function
-def _section_size(planes, i):
+def section_size(planes, i):
     """Planes of a section."""
     while i > 0:
         planes, i = planes - (1 << (planes.bit_length() - 1)), i - 1
@@ -130,15 +130,15 @@ def _section_size(planes, i):
 
 
 @gluon.constexpr_function
-def _section_first(planes, i):
+def section_first(planes, i):
     """First plane of a section."""
-    return planes & -(2 * _section_size(planes, i))
+    return planes & -(2 * section_size(planes, i))
 
 
 @gluon.constexpr_function
 def _section_rows(planes, slots, i):
     """Rows of code words of a section in shared memory."""
-    return -(-slots * _section_size(planes, i) // 2 // 128)
+    return -(-slots * section_size(planes, i) // 2 // 128)
 
 
 @gluon.constexpr_function
@@ -156,8 +156,8 @@ def _fetch_codes(to, first_row, p_part, PLANES: gl.constexpr, SLOTS: gl.constexp
     """Start to copy the codes of K or V; the last row of a section goes on with what is behind."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     o = gl.max_contiguous(gl.multiple_of(gl.arange(0, _ROW_WORDS, L), 4), 4)
-    for i in gl.static_range(_num_sections(PLANES)):
-        p_section = p_part + SLOTS * _section_first(PLANES, i) // 2
+    for i in gl.static_range(num_sections(PLANES)):
+        p_section = p_part + SLOTS * section_first(PLANES, i) // 2
         for r in gl.static_range(_section_rows(PLANES, SLOTS, i)):
             row = first_row + _first_row(PLANES, SLOTS, i) + r
             async_load(to.index(row), p_section + r * _ROW_WORDS + o)
@@ -208,7 +208,7 @@ def _code_tile(
     FIRST: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     """Words of each lane of the tile that begins with sub-slot FIRST, int32 [32, WORDS]."""
-    at: gl.constexpr = FIRST * _section_size(PLANES, SECTION) // 2
+    at: gl.constexpr = FIRST * section_size(PLANES, SECTION) // 2
     row: gl.constexpr = _first_row(PLANES, SLOTS, SECTION) + at // 128
     return load_tile(rows.index(first_row + row), at % 128, WORDS)
 
@@ -222,7 +222,7 @@ def _load_section(
 
     Bit i of a half-word is plane block i of the piece.
     """
-    SIZE: gl.constexpr = _section_size(PLANES, SECTION)
+    SIZE: gl.constexpr = section_size(PLANES, SECTION)
     if SIZE == 256:
         low, high = (), ()
         for t in gl.static_range(COUNT):
@@ -284,7 +284,7 @@ def _load_codes(
 ):  # fmt: skip
     """The same for all pieces."""
     out = ()
-    for i in gl.static_range(_num_sections(PLANES)):
+    for i in gl.static_range(num_sections(PLANES)):
         out = out + _load_section(rows, first_row, PLANES, SLOTS, i, FIRST, COUNT)
     return out
 
@@ -420,8 +420,8 @@ def _attend_kernel(
     # codes of V come when those of the page before have been used.
     RANGES: gl.constexpr = RANGE_OFFSET // 2
     CODES: gl.constexpr = SLOTS * KEY_PLANES // 2  # words of the K codes
-    KEY_ROWS: gl.constexpr = _first_row(KEY_PLANES, SLOTS, _num_sections(KEY_PLANES))
-    VALUE_ROWS: gl.constexpr = _first_row(VALUE_PLANES, SLOTS, _num_sections(VALUE_PLANES))
+    KEY_ROWS: gl.constexpr = _first_row(KEY_PLANES, SLOTS, num_sections(KEY_PLANES))
+    VALUE_ROWS: gl.constexpr = _first_row(VALUE_PLANES, SLOTS, num_sections(VALUE_PLANES))
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     keys = gl.allocate_shared_memory(gl.int32, [2 * KEY_ROWS, 128], flat)
     key_scales = _scale_buffers(KEY_PLANES)

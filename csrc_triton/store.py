@@ -26,6 +26,7 @@ from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words
 
 try:
     from .store_gluon import _store_kernel as _fast_store_kernel
+    from .store_profile_gluon import _store_kernel as _profile_store_kernel
 
     GLUON = True
 except ImportError:  # a Triton without Gluon
@@ -33,6 +34,9 @@ except ImportError:  # a Triton without Gluon
 
 STORE_REGISTERS = 80
 """Registers a thread of the Gluon kernel at 1 bit: three programs of 8 warps a multiprocessor."""
+
+PROFILE_REGISTERS = 128
+"""Of the kernel for components of any width: two programs of 8 warps."""
 
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 
@@ -415,16 +419,19 @@ def store(
 
 
 def gluon_stores(fmt: DeviceFormat, device: torch.device) -> bool:
-    """Whether the Gluon kernel serves a format and device."""
-    page, bits = fmt.page, fmt.uniform_bits
+    """Whether a Gluon kernel serves a format and device."""
     return (
         GLUON
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and bits in (1, 2, 4)
-        and page.head_size in (64, 128)
-        and (bits > 1 or page.slots % 2 == 0)
+        and fmt.page.head_size in (64, 128)
+        and (_stores_uniform(fmt) or (fmt.key_pairs is not None and fmt.value_pairs is not None))
     )
+
+
+def _stores_uniform(fmt: DeviceFormat) -> bool:
+    bits = fmt.uniform_bits
+    return bits in (1, 2, 4) and (bits > 1 or fmt.page.slots % 2 == 0)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -446,6 +453,9 @@ def _launch_gluon(
     # A program copies some rows of text: of one head in a decode step, and of all heads in a large
     # step, where most programs find nothing.
     head_step = num_heads if num_tokens <= 512 else 1
+    if not _stores_uniform(fmt):
+        _launch_profile(tables, fmt, key, value, kv_cache, words, slot_mapping, visual, head_step)
+        return
     constants = gluon_constants(fmt)
     warps = constants["NUM_WARPS"]
     limit = {"maxnreg": STORE_REGISTERS} if fmt.uniform_bits == 1 else {}
@@ -459,6 +469,51 @@ def _launch_gluon(
         HOPPER=torch.cuda.get_device_capability(key.device) >= (9, 0), **constants,
         num_warps=warps, enable_fp_fusion=False, **limit,
     )  # fmt: skip
+
+
+def _launch_profile(
+    tables: StepTables,
+    fmt: DeviceFormat,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    words: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    visual: int,
+    head_step: int,
+) -> None:
+    num_tokens, num_heads = key.shape[:2]
+    page = fmt.page
+    constants = profile_constants(fmt)
+    warps = constants["NUM_WARPS"]
+    k, v = key.view(torch.int32), value.view(torch.int32)
+    programs = 2 * visual * num_heads
+    scratch = torch.empty(
+        programs * page.tokens * page.head_size // 2, dtype=torch.int32, device=key.device
+    )
+    text_tiles = triton.cdiv(num_tokens, constants["BR"])
+    _profile_store_kernel[(programs + text_tiles * head_step,)](
+        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
+        visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
+        fmt.key_clips, fmt.value_clips, fmt.key_mixes, fmt.value_mixes, fmt.key_levels,
+        fmt.value_levels, fmt.key_source, fmt.value_source, fmt.key_pairs, fmt.value_pairs, scratch,
+        **constants, num_warps=warps, enable_fp_fusion=False, maxnreg=PROFILE_REGISTERS,
+    )  # fmt: skip
+
+
+def profile_constants(fmt: DeviceFormat) -> dict[str, int]:
+    """Constants of the Gluon kernel for components of any width."""
+    page = fmt.page
+    return {
+        "D": page.head_size,
+        "KEY_PLANES": page.key_planes,
+        "VALUE_PLANES": page.value_planes,
+        "SLOTS": page.slots,
+        "RANGE_OFFSET": page.range_offset // 2,
+        "BR": BLOCK,
+        "NUM_WARPS": 8 if page.slots > 8 else 4,
+    }
 
 
 def gluon_constants(fmt: DeviceFormat) -> dict[str, int]:

@@ -31,13 +31,13 @@ _ROUND = gl.constexpr(12582912.0)
 
 
 @gluon.constexpr_function
-def _column_layout(words, num_warps):
+def column_layout(words, num_warps):
     """[rows, words]: 16 bytes of a row a thread, rows contiguous over lanes."""
     return gl.BlockedLayout([1, 4], [128 // words, words // 4], [num_warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def _fragment_layout(words, num_warps):
+def fragment_layout(words, num_warps):
     """[rows, words]: a warp has 8 rows, a lane the words ``l % 4 + 4 i`` of row ``l // 4``."""
     return gl.DistributedLinearLayout(
         [[0, 4 << i] for i in range((words // 4).bit_length() - 1)],
@@ -54,14 +54,14 @@ def _pairwise(x, y, asm: gl.constexpr):
 
 
 @gluon.jit
-def _extremes(low_a, high_a, low_b, high_b):
+def extremes(low_a, high_a, low_b, high_b):
     """Smaller and larger of two pairs of bfloat16 each."""
     low = _pairwise(low_a, low_b, "min.bf16x2 $0, $1, $2;")
     return low, _pairwise(high_a, high_b, "max.bf16x2 $0, $1, $2;")
 
 
 @gluon.jit
-def _half_extremes(low_a, high_a, low_b, high_b):
+def half_extremes(low_a, high_a, low_b, high_b):
     """The same for float16."""
     low = _pairwise(low_a, low_b, "min.f16x2 $0, $1, $2;")
     return low, _pairwise(high_a, high_b, "max.f16x2 $0, $1, $2;")
@@ -86,7 +86,7 @@ def _beyond(x, limit, HALF: gl.constexpr, HOPPER: gl.constexpr):
 
 
 @gluon.jit
-def _transpose_8x8(x):
+def transpose_8x8(x):
     """Exchange rows and columns of the 8 x 8 half-words that the lanes of a warp hold."""
     return gl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x],
@@ -95,7 +95,7 @@ def _transpose_8x8(x):
 
 
 @gluon.jit
-def _divide(x, y):
+def divide(x, y):
     """Quotient in float32, rounded to nearest."""
     return gl.inline_asm_elementwise(
         "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
@@ -103,7 +103,7 @@ def _divide(x, y):
 
 
 @gluon.jit
-def _number(bits, DTYPE: gl.constexpr):
+def number(bits, DTYPE: gl.constexpr):
     """The 16-bit number in the low half of a word, as float32."""
     return bits.to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
 
@@ -133,8 +133,8 @@ def _threshold(scale, offset, DTYPE: gl.constexpr):
     middle = offset + half
     near = _bits(middle.to(DTYPE))
     above = _neighbour(near, 1)
-    found = gl.where(_number(near, DTYPE) - offset <= half, near, _neighbour(near, -1))
-    found = gl.where(_number(above, DTYPE) - offset <= half, above, found)
+    found = gl.where(number(near, DTYPE) - offset <= half, near, _neighbour(near, -1))
+    found = gl.where(number(above, DTYPE) - offset <= half, above, found)
     hidden = (half.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
     found = gl.where(middle == 0, _bits((hidden * 5.960464477539063e-08).to(DTYPE)), found)
     infinity = _bits((0 * scale + float("inf")).to(DTYPE))
@@ -142,11 +142,11 @@ def _threshold(scale, offset, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _wide_code(x, scale, offset, inverse, LEVELS: gl.constexpr):
+def wide_code(x, scale, offset, inverse, levels, MASK: gl.constexpr):
     """Nearest level of ``(x - offset) / scale``, halves to the even one; int32.
 
     The rounded inverse of a scale may miss a level by one next to a half; the remainder, which is
-    exact there, tells.
+    exact there, tells.  MASK has the bits of ``levels`` at least.
     """
     distance = x - offset
     steps = distance * inverse
@@ -156,12 +156,12 @@ def _wide_code(x, scale, offset, inverse, LEVELS: gl.constexpr):
     odd = ((whole + _ROUND).to(gl.int32, bitcast=True) & 1) == 1
     missed = (size > 0.5 * scale) | (odd & (size == 0.5 * scale))
     whole = gl.where(missed, whole + gl.where(rest > 0, 1.0, -1.0), whole)
-    whole = gl.minimum(gl.maximum(whole, 0.0), LEVELS)
-    return (whole + _ROUND).to(gl.int32, bitcast=True) & LEVELS
+    whole = gl.minimum(gl.maximum(whole, 0.0), levels)
+    return (whole + _ROUND).to(gl.int32, bitcast=True) & MASK
 
 
 @gluon.jit
-def _split_words(words):
+def split_words(words):
     """Channels of words that hold two each: [W] to [2 W] words with a channel in the low half."""
     return gl.join(words & 0xFFFF, words >> 16).reshape([2 * words.shape[0]])
 
@@ -174,7 +174,7 @@ def _halves(x, NUM_WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _spread(x, COLUMNS: gl.constexpr, NUM_WARPS: gl.constexpr):
+def spread(x, COLUMNS: gl.constexpr, NUM_WARPS: gl.constexpr):
     """The same, for all rows."""
     low, high = _halves(x, NUM_WARPS)
     layout: gl.constexpr = gl.SliceLayout(0, COLUMNS)
@@ -241,8 +241,8 @@ def _store_part(
     LEVELS: gl.constexpr = (1 << BITS) - 1
     W: gl.constexpr = D // 2
     ROWS: gl.constexpr = 8 * NUM_WARPS
-    COLUMNS: gl.constexpr = _column_layout(W, NUM_WARPS)
-    FRAGMENT: gl.constexpr = _fragment_layout(W, NUM_WARPS)
+    COLUMNS: gl.constexpr = column_layout(W, NUM_WARPS)
+    FRAGMENT: gl.constexpr = fragment_layout(W, NUM_WARPS)
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
 
@@ -270,22 +270,22 @@ def _store_part(
         if g == 0:
             low, high = x, x
         elif HALF:
-            low, high = _half_extremes(low, high, x, x)
+            low, high = half_extremes(low, high, x, x)
         else:
-            low, high = _extremes(low, high, x, x)
+            low, high = extremes(low, high, x, x)
     if HALF:
-        low, high = gl.reduce((low, high), 0, _half_extremes)
+        low, high = gl.reduce((low, high), 0, half_extremes)
     else:
-        low, high = gl.reduce((low, high), 0, _extremes)
-    low = _number(gl.convert_layout(_split_words(low), CHANNELS), DTYPE)
-    high = _number(gl.convert_layout(_split_words(high), CHANNELS), DTYPE)
+        low, high = gl.reduce((low, high), 0, extremes)
+    low = number(gl.convert_layout(split_words(low), CHANNELS), DTYPE)
+    high = number(gl.convert_layout(split_words(high), CHANNELS), DTYPE)
     o_d = gl.arange(0, D, CHANNELS)
     clip = gl.load(p_clip + o_d)
     mix = gl.load(p_mix + o_d)
     bottom = low * clip + high * mix
     extent = (low * mix + high * clip) - bottom
     if BITS > 1:
-        extent = _divide(extent, gl.full([D], LEVELS, gl.float32, CHANNELS))
+        extent = divide(extent, gl.full([D], LEVELS, gl.float32, CHANNELS))
     gl.store(p_ranges + o_d, extent.to(DTYPE))
     gl.store(p_ranges + D + o_d, bottom.to(DTYPE))
     scale = extent.to(DTYPE).to(gl.float32)
@@ -297,14 +297,16 @@ def _store_part(
         limit = limit.expand_dims(0)
     else:
         scale = gl.where(scale > 0, scale, 1e38)  # a constant channel: all codes are 0
-        inverse = _divide(0 * scale + 1.0, scale)
-        scale_low, scale_high = _spread(scale, COLUMNS, NUM_WARPS)
-        offset_low, offset_high = _spread(offset, COLUMNS, NUM_WARPS)
-        inverse_low, inverse_high = _spread(inverse, COLUMNS, NUM_WARPS)
+        inverse = divide(0 * scale + 1.0, scale)
+        scale_low, scale_high = spread(scale, COLUMNS, NUM_WARPS)
+        offset_low, offset_high = spread(offset, COLUMNS, NUM_WARPS)
+        inverse_low, inverse_high = spread(inverse, COLUMNS, NUM_WARPS)
         for g in gl.static_range(4):
             x = buffers[g].load(COLUMNS)
-            a = _wide_code(_number(x, DTYPE), scale_low, offset_low, inverse_low, LEVELS)
-            b = _wide_code(_number(x >> 16, DTYPE), scale_high, offset_high, inverse_high, LEVELS)
+            a = wide_code(number(x, DTYPE), scale_low, offset_low, inverse_low, LEVELS, LEVELS)
+            b = wide_code(
+                number(x >> 16, DTYPE), scale_high, offset_high, inverse_high, LEVELS, LEVELS
+            )
             buffers[g].store(a | (b << 16))
 
     units = ()
@@ -317,20 +319,20 @@ def _store_part(
             o_t = gl.arange(0, ROWS, gl.SliceLayout(1, unit.type.layout))
             inside = 32 * (o_t // 8) + 8 * g + o_t % 8 < n
             unit = gl.where(inside.expand_dims(1), unit, 0)
-            units = units + (gl.where(transposed, _transpose_8x8(unit), unit),)
+            units = units + (gl.where(transposed, transpose_8x8(unit), unit),)
         if len(units) == 4:
             _store_words(units, p_words, (g * BITS) // 4, D, BITS, SLOTS, FULL, NUM_WARPS)
             units = ()
 
 
 @gluon.jit
-def _store_text(
+def store_text(
     i_tile, first_head, head_step, num_heads, p_key, p_value, stride_kt, stride_kh, stride_vt,
     stride_vh, p_words, stride_page, stride_head, p_slot_mapping, num_tokens,
     W: gl.constexpr, BR: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Copy BR rows of some heads to their slots and scrub the blocks that they begin."""
-    L: gl.constexpr = _column_layout(W, NUM_WARPS)
+    L: gl.constexpr = column_layout(W, NUM_WARPS)
     o_r = i_tile * BR + gl.arange(0, BR, gl.SliceLayout(1, L))
     o_w = gl.arange(0, W, gl.SliceLayout(0, L))[None, :]
     slot = gl.load(p_slot_mapping + o_r, mask=o_r < num_tokens, other=-1).to(gl.int32)
@@ -376,7 +378,7 @@ def _store_kernel(
     num_programs = 2 * num_visual * num_heads
     if i >= num_programs:
         i -= num_programs
-        _store_text(
+        store_text(
             i // text_head_step, i % text_head_step, text_head_step, num_heads,
             p_key, p_value, stride_kt, stride_kh, stride_vt, stride_vh, p_words, stride_page,
             stride_head, p_slot_mapping, num_tokens, D // 2, BR, NUM_WARPS,

@@ -297,6 +297,7 @@ REPLACED = {
     "async_copy": types.SimpleNamespace(commit_group=_nothing, wait_group=_nothing),
     "gdc_wait": _nothing,
     "gdc_launch_dependents": _nothing,
+    "barrier": _nothing,
     "reinterpret": lambda buffer, *args: buffer.reinterpret(*args),
     "range": _range,
 }

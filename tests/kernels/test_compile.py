@@ -11,7 +11,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from csrc_triton import attention, basis, decode, merge, metadata
-from csrc_triton.store import STORE_REGISTERS, _store_kernel, block_constants, gluon_constants
+from csrc_triton.store import (
+    PROFILE_REGISTERS,
+    STORE_REGISTERS,
+    _store_kernel,
+    block_constants,
+    gluon_constants,
+    profile_constants,
+)
 from tests.kernels.cases import counted_bits, make_format
 from tests.kernels.interpreted import test_decode
 
@@ -109,6 +116,27 @@ def test_gluon_store(capability, head_size, bits, tmp_path):
         compare = "HSET2" if capability >= 90 else r"HFMA2"
         assert len(re.findall(rf"\b{compare}\b", sass)) == words
         assert len(re.findall(r"\bLOP3\b", sass)) < words + 160
+
+
+@pytest.mark.parametrize(
+    ("capability", "case"), [(90, "192 + 128 planes"), (80, "64 + 160 planes, 64 channels")]
+)
+def test_gluon_profile_store(capability, case, tmp_path):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.store_profile_gluon import _store_kernel
+
+    head_size, key, value, _, _ = test_decode.PROFILES[case]
+    bits = tuple(counted_bits(head_size, *c) for c in (key, value))
+    constants = profile_constants(make_format(head_size, bits))
+    compiled = compile_kernel(
+        _store_kernel, constants, capability, gluon.GluonASTSource, ("stride_",),
+        num_warps=constants["NUM_WARPS"], enable_fp_fusion=False, maxnreg=PROFILE_REGISTERS,
+    )  # fmt: skip
+    assert 3 * (compiled.metadata.shared + 1024) <= 227 * 1024, "three programs a multiprocessor"
+    sass = disassembly(compiled, tmp_path)
+    words = re.findall(r"\bMOVM\b", sass)
+    assert len(words) == {128: 4, 160: 8}[sum(value)], "a word of V for each piece and token group"
+    assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) < 256, "registers spill to local memory"
 
 
 @pytest.mark.parametrize(

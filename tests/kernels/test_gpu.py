@@ -78,6 +78,20 @@ def test_store_is_that_of_pytorch_bit_for_bit(head_size, bits, dtype, kernel, se
     assert test_store.differing_bits(got, want) == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", test_decode.PROFILES)
+def test_store_profile(case, dtype, kernel, seed):
+    head_size, key, value, _, _ = test_decode.PROFILES[case]
+    fmt = make_format(head_size, (counted_bits(head_size, *key), counted_bits(head_size, *value)),
+                      dtype)  # fmt: skip
+    slots = test_store.ragged_slots(fmt, seed)
+    got, want = test_store.run(fmt, slots, device="cuda", kernel=kernel, seed=seed)
+    # A mean is summed in another order: it may round to the neighbouring 16-bit number.
+    assert test_store.differing_bits(got, want) <= 40
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("middle", [False, True])
 def test_store_range_of_each_component(bits, middle):

@@ -16,6 +16,7 @@ decode_gluon = pytest.importorskip("csrc_triton.decode_gluon")
 profile_gluon = pytest.importorskip("csrc_triton.profile_gluon")
 prefill_gluon = pytest.importorskip("csrc_triton.prefill_gluon")
 store_gluon = pytest.importorskip("csrc_triton.store_gluon")
+store_profile_gluon = pytest.importorskip("csrc_triton.store_profile_gluon")
 store = importlib.import_module("csrc_triton.store")  # the package has a function of this name
 
 CALIBRATION = (0.0, 3.0)
@@ -31,6 +32,7 @@ def gluon(monkeypatch):
     monkeypatch.setattr(prefill, "_prefill_kernel", Launcher(prefill_gluon._prefill_kernel))
     monkeypatch.setattr(prefill, "gluon_prefills", lambda *args: True)
     monkeypatch.setattr(store, "_fast_store_kernel", Launcher(store_gluon._store_kernel))
+    monkeypatch.setattr(store, "_profile_store_kernel", Launcher(store_profile_gluon._store_kernel))
     monkeypatch.setattr(store, "gluon_stores", lambda *args: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
@@ -104,3 +106,14 @@ def test_store_bit_for_bit(name):
             fmt, store_cases.ragged_slots(fmt, seed), kernel="gluon", seed=seed
         )
         assert store_cases.differing_bits(cache, want) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", decode_cases.PROFILES)
+def test_store_profile(case, dtype):
+    head_size, key, value, _, _ = decode_cases.PROFILES[case]
+    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    fmt = make_format(head_size, bits, dtype)
+    cache, want = store_cases.run(fmt, store_cases.ragged_slots(fmt, 2), kernel="gluon", heads=1)
+    # A mean is summed in another order: it may round to the neighbouring 16-bit number.
+    assert store_cases.differing_bits(cache, want) <= 8

@@ -87,9 +87,9 @@ def test_prefill(head_size, bits, splits, calibration):
     prefill_cases.run_chunks(head_size, bits, 7, calibration, splits=splits, kernel="gluon")
 
 
-@pytest.mark.parametrize("calibration", [None, CALIBRATION])
 @pytest.mark.parametrize(
-    ("case", "splits"), [("192 + 128 planes", 1), ("64 + 160 planes, 64 channels", 3)]
+    ("case", "splits", "calibration"),
+    [("192 + 128 planes", 1, None), ("64 + 160 planes, 64 channels", 3, CALIBRATION)],
 )
 def test_prefill_profile(case, splits, calibration, monkeypatch):
     monkeypatch.setattr(prefill, "PART_ROWS", 48)  # 16 queries of each request at a time

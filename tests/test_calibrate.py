@@ -12,7 +12,7 @@ from PIL import Image
 from tests.reference.checkpoints import make_checkpoint, make_image
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
 from vllm_calibquant.calibrate.probe import Answer, Probe, Reference, Score, divergence
-from vllm_calibquant.calibrate.prompts import Prompt, load_prompts
+from vllm_calibquant.calibrate.prompts import load_prompts
 from vllm_calibquant.calibrate.search import (
     Budget,
     Choice,
@@ -83,7 +83,9 @@ def test_moments_are_sums_over_queries_and_tokens() -> None:
     key, value = (torch.randn(n, 2, d, generator=generator) for _ in range(2))
     weight = torch.randn(4, 5, d, generator=generator)
     moments = Moments.zeros(2, d, torch.device("cpu"))
-    moments.add(query, key, value, pages, weight, scale)
+    visual = (pages >= 0).nonzero().flatten()
+    numbers = pages[visual] // 5  # 4 and 9
+    moments.add(query, key, value, visual, numbers, weight.mT @ weight, scale)
     for h in range(2):
         a_key, c_key, a_value, c_value = (torch.zeros(d, d, dtype=torch.float64) for _ in range(4))
         total_w = total_p = 0.0
@@ -154,11 +156,11 @@ def test_divergence_is_exact_or_less() -> None:
     whole = (p.exp() * (p - q)).sum(-1).double()
     for count in (50, 20, 3):
         best = p.topk(count)
-        found = divergence(Reference(0, best.indices, best.values), q)
+        found = divergence(Reference(best.indices, best.values), q)
         assert (found <= whole + 1e-6).all()
         if count == 50:
             torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
-        assert divergence(Reference(0, best.indices, best.values), p).max() < 1e-5
+        assert divergence(Reference(best.indices, best.values), p).max() < 1e-5
 
 
 # The search.
@@ -312,11 +314,21 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
             {"type": "image_pil", "image_pil": prompts[0].images[0]},
             {"type": "text", "text": "Question 0?"},
         ]}]  # fmt: skip
+        tokens = [answer.prompt_tokens for answer in probe.answers(prompts)]
+        asked = [
+            (p, Answer(a, n)) for p, a, n in zip(prompts, ("", "One", ""), tokens, strict=True)
+        ]
         with probe._mode("codes"):
-            ids, hidden = probe._run(Prompt(prompts[0].images, "Question 0?"), "")
-            logprobs = probe._logprobs(hidden[-1:])[0]
+            runs = list(probe._run(asked))
+            (alone,) = probe._run(asked[1:2])
+        assert [len(ids) - n + 1 for (ids, _), n in zip(runs, tokens, strict=True)] == [
+            len(hidden) for _, hidden in runs
+        ]
+        assert len(runs[0][1]) == 1 < len(runs[1][1])
+        assert torch.equal(runs[1][1], alone[1])
+        ids, logprobs = runs[0][0], probe._logprobs(runs[0][1])[0]
         with probe._mode("exact"):
-            exact = probe._logprobs(probe._run(prompts[0], "")[1][-1:])[0]
+            exact = probe._logprobs(next(probe._run(asked))[1])[0]
     with Engine(checkpoint, "calibquant1", {"profile": str(out)}) as engine:
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
         other = [

@@ -302,16 +302,32 @@ def tiles(slots: int, planes: int) -> list[tuple[int, int]]:
     return out
 
 
+# On a GPU each copy from the host would be waited for.
+
+
+@lru_cache(maxsize=256)
+def _plane_map_on(device: torch.device, bits: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    component, bit = plane_map(bits)
+    return component.to(device), bit.to(device)
+
+
+@lru_cache(maxsize=64)
+def _bit_positions_on(
+    device: torch.device, slots: int, planes: int, transposed: bool
+) -> torch.Tensor:
+    return _bit_positions(slots, planes, transposed).to(device)
+
+
 def codes_to_planes(codes: torch.Tensor, bits: tuple[int, ...]) -> torch.Tensor:
     """Split integer codes uint8 ``[..., D]`` into bit planes uint8 ``[..., P]`` of 0 and 1."""
-    component, bit = (t.to(codes.device) for t in plane_map(bits))
+    component, bit = _plane_map_on(codes.device, bits)
     planes = (codes[..., component] >> bit.clamp(min=0)) & 1
     return planes * (bit >= 0)
 
 
 def planes_to_codes(planes: torch.Tensor, bits: tuple[int, ...]) -> torch.Tensor:
     """Join bit planes uint8 ``[..., P]`` into integer codes uint8 ``[..., D]``."""
-    component, bit = (t.to(planes.device) for t in plane_map(bits))
+    component, bit = _plane_map_on(planes.device, bits)
     weighted = (planes << bit.clamp(min=0)) * (bit >= 0)
     codes = planes.new_zeros((*planes.shape[:-1], len(bits)))
     return codes.index_add_(-1, component, weighted.to(codes.dtype))
@@ -360,7 +376,7 @@ def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         uint8 ``[..., slots * 2 * P]``.
     """
     tokens, p = planes.shape[-2:]
-    where = _bit_positions(tokens // (2 * GROUP), p, transposed).to(planes.device)
+    where = _bit_positions_on(planes.device, tokens // (2 * GROUP), p, transposed)
     bits = torch.empty_like(planes.flatten(-2))
     bits[..., where] = planes.flatten(-2)
     weights = (1 << torch.arange(8, device=planes.device)).to(torch.uint8)
@@ -370,7 +386,7 @@ def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 def unpack_planes(code: torch.Tensor, planes: int, *, transposed: bool) -> torch.Tensor:
     """Inverse of :func:`pack_planes`: ``[..., slots * 2 * P]`` to ``[..., slots * 16, P]``."""
     slots = code.shape[-1] * 8 // planes // (2 * GROUP)
-    where = _bit_positions(slots, planes, transposed).to(code.device)
+    where = _bit_positions_on(code.device, slots, planes, transposed)
     shifts = torch.arange(8, device=code.device, dtype=torch.uint8)
     bits = ((code[..., None] >> shifts) & 1).flatten(-2)
     return bits[..., where].unflatten(-1, (slots * 2 * GROUP, planes))

@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 
 from vllm_calibquant import compat
-from vllm_calibquant.calibrate.probe import BLOCK_SIZE, WatchedLayer
+from vllm_calibquant.calibrate.probe import Places, WatchedLayer
 from vllm_calibquant.config import PROFILE_DTYPE, SECTION, ConfigError
 from vllm_calibquant.inspector_page import render
-from vllm_calibquant.tags import is_visual
 
 EXACT = "auto"
 OTHER_QUESTION = "What is this?"
@@ -124,12 +123,12 @@ class Recorder(WatchedLayer):
         """Compare in the first step with visual pages."""
         if not self.recording:
             return
-        n = len(self.slot_mapping)
-        blocks = self.slot_mapping // BLOCK_SIZE
-        if is_visual(blocks).any():
+        at = Places.of(self.slot_mapping, self.impl.codec.page_format.tokens)
+        if at.behind:
             self.recording = False
+            n = at.tokens
             exact = output.view(-1, query.shape[1], value.shape[2])[:n]
-            self.damage = self._compare(query[:n], key[:n], value[:n], kv_cache, exact, blocks)
+            self.damage = self._compare(query[:n], key[:n], value[:n], kv_cache, exact, at)
 
     def _compare(
         self,
@@ -138,20 +137,19 @@ class Recorder(WatchedLayer):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         exact: torch.Tensor,
-        blocks: torch.Tensor,
+        at: Places,
     ) -> Damage:
-        codec, coded = self.impl.codec, is_visual(blocks)
-        visual, index, token = self.pages_of(self.slot_mapping[coded], kv_cache)
+        codec, visual, coded = self.impl.codec, at.read(kv_cache), at.visual
 
         key_codes, value_codes, ranges = codec.page_format.unpack(visual.pages)
         k_scale, k_offset, v_scale, v_offset = ranges.float().unbind(-2)  # [P, Hkv, D] each
-        errors, tokens = {}, torch.full((len(blocks),), float("nan"))
+        errors, tokens = {}, torch.full((at.tokens,), float("nan"))
         for name, x, codes, scale, offset in (
             ("key", key, key_codes, k_scale, k_offset),
             ("value", value, value_codes, v_scale, v_offset),
         ):
             x = x[coded].float()
-            read = offset[index] + scale[index] * codes[index, :, token].float()
+            read = offset[at.page] + scale[at.page] * codes[at.page, :, at.offset].float()
             if codec.basis is not None:
                 part = getattr(codec.basis, name)
                 read = torch.einsum("nhd,hde->nhe", read, part.inverse) + part.mean
@@ -161,16 +159,15 @@ class Recorder(WatchedLayer):
                 mean = whole.sum((1, 2)).mean()
                 tokens[coded.cpu()] = ratio(lost.sum((1, 2)), mean).cpu()
 
-        behind = int(coded.nonzero().max()) + 1
-        attended = self.read_codes(query[behind:], key[~coded], value[~coded], visual)
-        exact = exact[behind:].float()
+        attended = self.read_codes(query[at.behind :], key[at.text], value[at.text], visual)
+        exact = exact[at.behind :].float()
         lost, whole = (attended - exact).square().sum((0, 2)), exact.square().sum((0, 2))
 
         group = query.shape[1] // key.shape[1]
         last = query[-1].float().unflatten(0, (-1, group))  # [Hkv, G, D]
         scores = torch.einsum("hgd,nhd->hgn", last, key.float()) * self.impl.scale
-        number = torch.full((len(blocks),), -1)
-        number[coded.cpu()] = index.cpu()
+        number = torch.full((at.tokens,), -1)
+        number[coded.cpu()] = at.page.cpu()
         return Damage(
             errors["key"],
             errors["value"],

@@ -64,11 +64,12 @@ class Moments:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        visual: torch.Tensor,
         pages: torch.Tensor,
-        output_weight: torch.Tensor | None,
+        output_metric: torch.Tensor,
         scale: float,
     ) -> None:
-        """Take in one prompt.
+        """Take in one prompt; nothing here waits for a GPU.
 
         Parameters
         ----------
@@ -76,46 +77,41 @@ class Moments:
             ``[T, Hq, D]``: the last T tokens, which read codes.
         key, value
             ``[n, Hkv, D]``: all tokens, the last T among them.
+        visual
+            int64 ``[N]``: tokens in pages, before the last T.
         pages
-            int64 ``[n]``: visual page of each token, -1 for text; the last T are text.
-        output_weight
-            ``[Hq, C, D]``: columns of the output projection for each query head; the identity if
-            None.
+            int64 ``[N]``: a number from 0 to N - 1 for the page of each.
+        output_metric
+            float32 ``[Hq, D, D]``: W_O' W_O of each query head.
         scale
             Factor on scores.
         """
-        t, heads, d = query.shape
         n, kv_heads, _ = key.shape
-        group = heads // kv_heads
-        visual = pages >= 0
-        future = (
-            torch.arange(n, device=key.device) > torch.arange(n - t, n, device=key.device)[:, None]
-        )
-        for h in range(kv_heads):
-            k, v = key[:, h].float(), value[:, h].float()
-            coded_k = _off_page_means(k[visual], pages[visual])
-            coded_v = _off_page_means(v[visual], pages[visual])
-            for g in range(h * group, (h + 1) * group):
-                q = query[:, g].float()
-                p = (q @ k.T * scale).masked_fill(future, float("-inf")).softmax(-1)
-                out, p2 = p @ v, p[:, visual].square()
-                if output_weight is None:
-                    metric = torch.eye(d, device=key.device)
-                else:
-                    metric = output_weight[g].float().T @ output_weight[g].float()
-                seen = v[visual]
-                distance = (seen @ metric * seen).sum(-1) - 2 * (out @ metric) @ seen.T
-                distance += (out @ metric * out).sum(-1)[:, None]
-                w = (p2 * distance.clamp(min=0)) * scale**2  # [T, visual tokens]
-                self.query[h] += (q.T * w.sum(1)) @ q
-                self.key[h] += (coded_k.T * w.sum(0)) @ coded_k
-                self.output[h] += metric * p2.sum()
-                self.value[h] += (coded_v.T * p2.sum(0)) @ coded_v
-                self.weights[0, h] += w.sum()
-                self.weights[1, h] += p2.sum()
-            self.key_sum[h] += k[visual].sum(0)
-            self.value_sum[h] += v[visual].sum(0)
-            self.weights[2, h] += visual.sum()
+        q = query.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, T, D]
+        k, v = key.float().transpose(0, 1), value.float().transpose(0, 1)  # [Hkv, n, D]
+        metric = output_metric.unflatten(0, (kv_heads, -1))
+        position = torch.arange(n, device=key.device)
+        future = position > position[n - len(query) :, None]
+        p = (q @ k[:, None].mT * scale).masked_fill(future, float("-inf")).softmax(-1)
+        out, p2 = p @ v[:, None], p[..., visual].square()  # [Hkv, G, T, N]
+        k, v = k[:, visual], v[:, visual]
+
+        distance = -2 * (out @ metric) @ v[:, None].mT
+        distance += ((v[:, None] @ metric) * v[:, None]).sum(-1)[:, :, None]
+        distance += ((out @ metric) * out).sum(-1, keepdim=True)
+        w = p2 * distance.clamp(min=0) * scale**2
+        of_head = p2.sum((2, 3))  # [Hkv, G]
+
+        k_off, v_off = _off_page_means(k, pages), _off_page_means(v, pages)
+        self.query += torch.einsum("hgtd,hgt,hgte->hde", q, w.sum(3), q)
+        self.key += torch.einsum("hnd,hn,hne->hde", k_off, w.sum((1, 2)), k_off)
+        self.output += torch.einsum("hgde,hg->hde", metric, of_head)
+        self.value += torch.einsum("hnd,hn,hne->hde", v_off, p2.sum((1, 2)), v_off)
+        self.key_sum += k.sum(1)
+        self.value_sum += v.sum(1)
+        self.weights[0] += w.sum((1, 2, 3))
+        self.weights[1] += of_head.sum(1)
+        self.weights[2] += len(visual)
 
     def part(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A and C ``[Hkv, D, D]`` and the mean ``[Hkv, D]`` of ``"key"`` or ``"value"``."""
@@ -130,11 +126,10 @@ class Moments:
 
 
 def _off_page_means(x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """What is left of tokens ``[n, D]`` when the mean of their page is taken off."""
-    index = torch.unique(pages, return_inverse=True)[1]
-    count = torch.bincount(index).to(x.dtype)
-    sums = x.new_zeros(len(count), x.shape[1]).index_add_(0, index, x)
-    return x - (sums / count[:, None])[index]
+    """What is left of tokens ``[Hkv, N, D]`` when the mean of their page is taken off."""
+    sums = torch.zeros_like(x).index_add_(1, pages, x)
+    count = torch.zeros_like(x[0, :, :1]).index_add_(0, pages, torch.ones_like(x[0, :, :1]))
+    return x - (sums / count.clamp(min=1))[:, pages]
 
 
 def learn_basis(

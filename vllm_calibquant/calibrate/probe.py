@@ -2,7 +2,8 @@
 
 Prompts are computed one at a time, each in one step: what a layer sees of a step is one prompt, all
 of its keys and values at full precision, and its slot mapping says which tokens went to which
-visual page.  Three things are done with that:
+visual page.  Small models leave a GPU idle meanwhile, so that nothing but the number of kernels and
+of waits for the GPU decides how fast that is.  Three things are done with a step:
 
 * the layers as they are, with no modality in codes: answers at 16 bits;
 * :class:`~vllm_calibquant.calibrate.moments.Moments` of every layer;
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from vllm_calibquant.profile import Profile
 
 BLOCK_SIZE = 2 * GROUP
+BATCH = 16
+"""Prompts whose images are prepared together."""
 CANDIDATES = 1024
 """Most likely tokens of the 16-bit model that a divergence tells apart."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "wo", "dense", "proj", "c_proj")
@@ -48,8 +53,6 @@ Mode = Literal["exact", "moments", "codes"]
 class Reference:
     """The 16-bit model's view of the tokens that are scored in one prompt."""
 
-    first: int
-    """Position whose distribution is the first that counts."""
     tokens: torch.Tensor
     """int64 ``[T, K]``: most likely next tokens."""
     logprobs: torch.Tensor
@@ -74,6 +77,55 @@ class Score:
     """Share of positions with the same most likely token."""
     answers: float
     """Share of prompts where it is the same everywhere: the greedy answer is then the same."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a step that computes one prompt have gone.
+
+    Found on the host, with one wait for the GPU, and the same for all layers that share a block
+    table.
+    """
+
+    tokens: int
+    """Of the prompt; behind them may be padding."""
+    behind: int
+    """First token behind the last visual one; 0 where there is none."""
+    visual: torch.Tensor
+    """int64 ``[N]``: tokens in visual pages."""
+    text: torch.Tensor
+    """int64: all others."""
+    pages: torch.Tensor
+    """int64 ``[P]``: the pages."""
+    page: torch.Tensor
+    """int64 ``[N]``: for each visual token, which of :attr:`pages` has it."""
+    offset: torch.Tensor
+    """int64 ``[N]``: and at which token of the page."""
+    used: torch.Tensor
+    """bool ``[P, tokens of a page]``."""
+
+    @classmethod
+    def of(cls, slot_mapping: torch.Tensor, page_tokens: int) -> Places:
+        """Places of a step's slots; tensors are on their device."""
+        slots = slot_mapping.cpu()
+        slots = slots[slots >= 0].long()  # padding comes last
+        blocks = slots // BLOCK_SIZE
+        coded = is_visual(blocks)
+        visual, text = coded.nonzero().flatten(), (~coded).nonzero().flatten()
+        behind = int(visual[-1]) + 1 if len(visual) else 0
+        slots, blocks = slots[visual], blocks[visual]
+        pages, page = torch.unique(page_of(blocks), return_inverse=True)
+        offset = slot_of(blocks) * BLOCK_SIZE + slots % BLOCK_SIZE
+        parts = (visual, text, pages, page, offset)
+        there = torch.cat(parts).to(slot_mapping.device)  # at once: each copy is waited for
+        visual, text, pages, page, offset = there.split([len(part) for part in parts])
+        used = torch.zeros(len(pages), page_tokens, dtype=torch.bool, device=there.device)
+        used[page, offset] = True
+        return cls(len(coded), behind, visual, text, pages, page, offset, used)
+
+    def read(self, kv_cache: torch.Tensor) -> VisualPages:
+        """The pages in a layer."""
+        return VisualPages(kv_cache.view(torch.uint8).flatten(2)[self.pages], self.used)
 
 
 class WatchedLayer:
@@ -128,18 +180,6 @@ class WatchedLayer:
         """Look at a step after its attention; ``output`` may be changed."""
         raise NotImplementedError
 
-    def pages_of(
-        self, slots: torch.Tensor, kv_cache: torch.Tensor
-    ) -> tuple[VisualPages, torch.Tensor, torch.Tensor]:
-        """The pages that visual slots lie in, and page and place there of each."""
-        blocks = slots // BLOCK_SIZE
-        pages, index = torch.unique(page_of(blocks), return_inverse=True)
-        token = slot_of(blocks) * BLOCK_SIZE + slots % BLOCK_SIZE
-        used = torch.zeros(len(pages), self.impl.codec.page_format.tokens, dtype=torch.bool)
-        used = used.to(slots.device)
-        used[index, token] = True
-        return VisualPages(kv_cache.view(torch.uint8).flatten(2)[pages], used), index, token
-
     def read_codes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: VisualPages
     ) -> torch.Tensor:
@@ -162,11 +202,14 @@ class WatchedLayer:
 
 
 class ProbedLayer(WatchedLayer):
-    """Collects moments, or reads the step's own codes, as its mode asks."""
+    """Collects moments, or reads the step's own codes, as its mode asks.
 
-    def __init__(self, layer: Any, output_weight: torch.Tensor | None) -> None:
+    ``places`` is shared by all layers and emptied after every step.
+    """
+
+    def __init__(self, layer: Any, output_metric: torch.Tensor, places: dict[int, Places]) -> None:
         super().__init__(layer)
-        self.output_weight = output_weight
+        self.output_metric, self.places = output_metric, places
         self.mode: Mode = "exact"
         self.moments: Moments | None = None
 
@@ -181,28 +224,34 @@ class ProbedLayer(WatchedLayer):
         """What the mode asks for."""
         if self.mode == "exact":
             return
-        slots = self.slot_mapping[self.slot_mapping >= 0]  # padding comes last
-        n, blocks = len(slots), slots // BLOCK_SIZE
-        coded = is_visual(blocks)
-        if not coded.any():
+        table = self.slot_mapping.data_ptr()
+        if table not in self.places:
+            self.places[table] = Places.of(self.slot_mapping, self.impl.codec.page_format.tokens)
+        at = self.places[table]
+        if not at.behind:
             return
-        behind = int(coded.nonzero().max()) + 1
-        query, key, value = query[behind:n], key[:n], value[:n]
+        n = at.tokens
+        query, key, value = query[at.behind : n], key[:n], value[:n]
         if self.mode == "moments":
-            pages = torch.where(coded, page_of(blocks), -1)
             if self.moments is None:
                 self.moments = Moments.zeros(key.shape[1], key.shape[2], key.device)
-            self.moments.add(query, key, value, pages, self.output_weight, self.impl.scale)
+            self.moments.add(
+                query, key, value, at.visual, at.page, self.output_metric, self.impl.scale
+            )
             return
-        visual, _, _ = self.pages_of(slots[coded], kv_cache)
-        attended = self.read_codes(query, key[~coded], value[~coded], visual)
-        output.view(-1, *attended.shape[1:])[behind:n] = attended.to(output.dtype)
+        attended = self.read_codes(query, key[at.text], value[at.text], at.read(kv_cache))
+        output.view(-1, *attended.shape[1:])[at.behind : n] = attended.to(output.dtype)
 
 
 @dataclass
 class _Watched:
     layers: dict[int, ProbedLayer] = field(default_factory=dict)
-    hidden: torch.Tensor | None = None
+    places: dict[int, Places] = field(default_factory=dict)
+    """Of the step, by the address of the slot mapping."""
+    wanted: deque[int] = field(default_factory=deque)
+    """First positions whose hidden states are to be kept, of the prompts to come."""
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    """Those of the prompts that were computed."""
     logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
@@ -259,12 +308,15 @@ class Probe:
         modules = dict(model.named_modules())
         for name, module in modules.items():
             if isinstance(module, Attention) and isinstance(module.impl, MixedLayer):
-                weight = output_weight(modules[name.rpartition(".")[0]], module)
+                metric = output_metric(modules[name.rpartition(".")[0]], module)
                 index = extract_layer_index(module.layer_name)
-                self.watched.layers[index] = ProbedLayer(module, weight)
+                self.watched.layers[index] = ProbedLayer(module, metric, self.watched.places)
 
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self.watched.hidden = output[0] if isinstance(output, tuple) else output
+            self.watched.places.clear()
+            if self.watched.wanted:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self.watched.hidden.append(hidden[self.watched.wanted.popleft() :].clone())
 
         model.register_forward_hook(keep)
         self.watched.logits = model.compute_logits  # type: ignore[assignment]
@@ -291,14 +343,13 @@ class Probe:
                 manager.kv_cache_spec = spec
         return [Answer(o.outputs[0].text, len(o.prompt_token_ids)) for o in outputs]
 
-    def reference(self, prompt: Prompt, answer: Answer) -> Reference:
-        """The 16-bit model's distributions along an answer; takes in the prompt's moments."""
+    def references(self, asked: Sequence[tuple[Prompt, Answer]]) -> Iterator[Reference]:
+        """The 16-bit model's distributions along answers; takes in the prompts' moments."""
         with self._mode("moments"):
-            hidden = self._run(prompt, answer.text)[1]
-        first = answer.prompt_tokens - 1
-        logprobs = self._logprobs(hidden[first:])
-        best = logprobs.topk(min(CANDIDATES, logprobs.shape[1]))
-        return Reference(first, best.indices, best.values)
+            for _, hidden in self._run(asked):
+                logprobs = self._logprobs(hidden)
+                best = logprobs.topk(min(CANDIDATES, logprobs.shape[1]))
+                yield Reference(best.indices, best.values)
 
     def moments(self) -> dict[int, Moments]:
         """Moments of every layer over the references since this was last called.
@@ -326,19 +377,16 @@ class Probe:
     ) -> Score:
         """Compare the answers' distributions under a profile with those at 16 bits."""
         self.use(profile)
-        divergences, same, whole = [], [], []
+        divergences, same = [], []
         with self._mode("codes"):
-            for (prompt, answer), reference in zip(asked, references, strict=True):
-                hidden = self._run(prompt, answer.text)[1]
-                logprobs = self._logprobs(hidden[reference.first :])
+            for (_, hidden), reference in zip(self._run(asked), references, strict=True):
+                logprobs = self._logprobs(hidden)
                 divergences.append(divergence(reference, logprobs))
-                equal = logprobs.argmax(-1) == reference.tokens[:, 0]
-                same.append(equal)
-                whole.append(bool(equal.all()))
+                same.append(logprobs.argmax(-1) == reference.tokens[:, 0])
         return Score(
             torch.cat(divergences).mean().item(),
             torch.cat(same).double().mean().item(),
-            sum(whole) / len(whole),
+            torch.stack([equal.all() for equal in same]).double().mean().item(),
         )
 
     def use(self, profile: Profile) -> None:
@@ -362,16 +410,41 @@ class Probe:
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
         return self.llm.chat(chats, params, use_tqdm=False, **kwargs)
 
-    def _run(self, prompt: Prompt, answer: str) -> tuple[list[int], torch.Tensor]:
-        """Compute a prompt with its answer; its tokens, and the last hidden state of each."""
-        messages = _messages(prompt)
-        kwargs: dict[str, Any] = {}
-        if answer.strip():
-            messages.append({"role": "assistant", "content": answer})
+    def _run(
+        self, asked: Sequence[tuple[Prompt, Answer]]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Compute prompts with their answers.
+
+        Yields the tokens of each, and the hidden states from which its answer's tokens are
+        predicted and that which follows them.
+        """
+        for i in range(0, len(asked), BATCH):
+            # A template ends in another way where the answer is empty.
+            for spoke, some in groupby(asked[i : i + BATCH], lambda a: bool(a[1].text.strip())):
+                yield from self._run_alike(list(some), spoke)
+
+    def _run_alike(
+        self, asked: Sequence[tuple[Prompt, Answer]], spoke: bool
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        chats, kwargs = [_messages(prompt) for prompt, _ in asked], {}
+        if spoke:
+            for messages, (_, answer) in zip(chats, asked, strict=True):
+                messages.append({"role": "assistant", "content": answer.text})
             kwargs = {"add_generation_prompt": False, "continue_final_message": True}
-        ids = self._chat([messages], 1, **kwargs)[0].prompt_token_ids
-        assert self.watched.hidden is not None
-        return ids, self.watched.hidden[: len(ids)]
+        firsts = [answer.prompt_tokens - 1 for _, answer in asked]
+        watched, scheduler = self.watched, compat.scheduler_of(self.llm)
+        watched.hidden.clear()
+        watched.wanted.extend(firsts)
+        most, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
+        try:
+            outputs = self._chat(chats, 1, **kwargs)
+        finally:
+            scheduler.max_num_active_reqs = most
+            watched.wanted.clear()
+        hidden = [*watched.hidden]
+        for output, first, kept in zip(outputs, firsts, hidden, strict=True):
+            ids = output.prompt_token_ids
+            yield ids, kept[: len(ids) - first]
 
     def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.watched.logits is not None
@@ -404,21 +477,23 @@ def divergence(reference: Reference, logprobs: torch.Tensor) -> torch.Tensor:
     return (known + rest_p * (rest_p / rest_q).log()).clamp(min=0.0)
 
 
-def output_weight(parent: torch.nn.Module, attention: Any) -> torch.Tensor | None:
-    """What the linear layer behind attention makes of each query head: ``[Hq, C, D]``.
+def output_metric(parent: torch.nn.Module, attention: Any) -> torch.Tensor:
+    """How much the model's stream moves with each query head's output: float32 ``[Hq, D, D]``.
 
-    Found by name and read by sending unit vectors through, so that the layer may be quantised or
-    packed.  None where there is no such layer; values then count alike in all directions.
+    That is W' W for the linear layer W behind attention.  It is found by name and read by sending
+    unit vectors through, so that the layer may be quantised or packed.  Where there is no such
+    layer, values count alike in all directions.
     """
     heads, d = attention.num_heads, attention.head_size_v
+    device = next((p.device for p in parent.parameters()), torch.device("cpu"))
+    unit = torch.eye(heads * d, dtype=attention.impl.model_dtype, device=device)
     for name in OUTPUT_NAMES:
         layer = getattr(parent, name, None)
         if layer is None:
             continue
-        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        unit = torch.eye(heads * d, dtype=attention.impl.model_dtype, device=device)
         with torch.inference_mode():
             found = [layer(x) for x in (unit, torch.zeros_like(unit[:1]))]
         rows, bias = (x[0] if isinstance(x, tuple) else x for x in found)
-        return (rows - bias).unflatten(0, (heads, d)).mT.contiguous()
-    return None
+        weight = (rows - bias).unflatten(0, (heads, d)).float()  # [Hq, D, C]
+        return weight @ weight.mT
+    return torch.eye(d, device=device).expand(heads, d, d)

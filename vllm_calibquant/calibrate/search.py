@@ -429,8 +429,8 @@ def _references(
     probe: Probe, asked: Sequence[tuple[Prompt, Answer]], bar: tqdm
 ) -> tuple[list[Reference], dict[int, Moments]]:
     found = []
-    for prompt, answer in asked:
-        found.append(probe.reference(prompt, answer))
+    for reference in probe.references(asked):
+        found.append(reference)
         bar.update()
     return found, probe.moments()
 

@@ -177,8 +177,10 @@ def allocate_tables(
 
 
 def half_slots(slots: int) -> int:
-    """Sub-slots of the first half of a page: a power of two, for 14 of them 8."""
-    return 1 << max(0, (slots - 1).bit_length() - 1)
+    """Sub-slots of the first half of a page: of 14 of them 8, because kernels take four at once."""
+    if slots <= 4:
+        return 1 << max(0, (slots - 1).bit_length() - 1)
+    return 4 * max(1, round(slots / 8))
 
 
 @triton.jit

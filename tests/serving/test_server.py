@@ -312,7 +312,7 @@ def test_more_requests_than_fit(server: Server, questions) -> None:
 
         watching = asyncio.create_task(watch())
         async with client:
-            right = await asyncio.gather(*(one(i) for i in range(120)))
+            right = await asyncio.gather(*(one(i) for i in range(80)))
         watching.cancel()
         return right
 

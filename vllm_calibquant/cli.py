@@ -48,6 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, help="of synthetic data")
     add("--max-tokens", type=int, default=32, help="of the 16-bit model's answers")
     add("--trials", type=int, default=40, help="profiles to try at most")
+    add("--seconds", type=float, help="try no further profile when the command has run so long")
+    add(
+        "--against",
+        type=Path,
+        metavar="PROFILE",
+        help="judge this profile by the same prompts, and write nothing unless the new one is at "
+        "least as near to 16 bits",
+    )
     add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     inspect = commands.add_parser(
         "inspect",

@@ -49,6 +49,13 @@ def main():
     parser.add_argument("--held-out", type=int, default=90, help="of all, to judge by")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=PROFILES)
+    parser.add_argument("--seconds", type=float, help="for each search")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="of profiles; a new one is written if it is at least as good",
+    )
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -67,6 +74,10 @@ def main():
             command = [sys.executable, "-m", "vllm_calibquant.cli", "calibrate", str(model_path())]
             command += ["--data", str(data), "--bits", str(bits), "--out", str(out)]
             command += ["--count", str(len(lines)), "--held-out", str(args.held_out)]
+            if args.seconds is not None:
+                command += ["--seconds", str(args.seconds)]
+            if args.against is not None:
+                command += ["--against", str(args.against / out.name)]
             subprocess.run([*command, "--llm", json.dumps(llm)], check=True)
 
         with ThreadPoolExecutor(args.jobs) as threads:

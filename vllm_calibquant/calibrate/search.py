@@ -25,7 +25,13 @@ from vllm_calibquant.calibrate.probe import BLOCK_SIZE, Answer, Probe, Reference
 from vllm_calibquant.calibrate.prompts import SYNTHETIC, Prompt, load_prompts
 from vllm_calibquant.config import ConfigError
 from vllm_calibquant.format import MAX_SLOTS, PLANE_MULTIPLE, PageFormat
-from vllm_calibquant.profile import LayerProfile, ModelIdentity, PartProfile, Profile
+from vllm_calibquant.profile import (
+    LayerProfile,
+    ModelIdentity,
+    PartProfile,
+    Profile,
+    load_profile,
+)
 
 MAX_BITS = 4
 WORTHWHILE = 0.99
@@ -259,7 +265,10 @@ def moves(designer: Designer) -> Iterator[Callable[[Choice], list[Choice]]]:
 
 
 def search(
-    designer: Designer, score: Callable[[Choice], Score], limit: int
+    designer: Designer,
+    score: Callable[[Choice], Score],
+    limit: int,
+    in_time: Callable[[], bool] = lambda: True,
 ) -> tuple[Choice, Score, list[tuple[str, float]]]:
     """Coordinate descent.
 
@@ -271,6 +280,8 @@ def search(
         Divergence of a choice.
     limit
         Choices to try at most, after the first.
+    in_time
+        Asked before each of them whether it may be tried.
 
     Returns
     -------
@@ -284,7 +295,7 @@ def search(
     steps = [("closed form", reached.kl)]
     for move in moves(designer):
         for option in move(best):
-            if limit <= 0:
+            if limit <= 0 or not in_time():
                 return best, reached, steps
             limit -= 1
             found = score(option)
@@ -316,6 +327,8 @@ class Task:
     seed: int = 1
     max_tokens: int = 32
     trials: int = 40
+    seconds: float | None = None
+    against: Path | None = None
     llm: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -335,7 +348,9 @@ def calibrate(task: Task) -> str:
     prompts = load_prompts(task.data, task.count, task.seed)
     model, settings = _configure(task, prompts)
     budget = Budget.of(model.head_size, task.bits)
-    state = State(task.out, _json({**asdict(task), "out": task.out.name, "model": asdict(model)}))
+    same = {"out": task.out.name, "against": str(task.against), "model": asdict(model)}
+    state = State(task.out, _json(asdict(task) | same))
+    older = None if task.against is None else _older(task.against, model, budget)
     with tempfile.TemporaryDirectory() as directory:
         start = Path(directory, "start.safetensors")
         plain_profile(model, budget).save(start)
@@ -360,7 +375,17 @@ def calibrate(task: Task) -> str:
                     bar.set_postfix_str(f"KL {min(s.kl for s in state.scores.values()):.3g}")
                     return state.scores[choice.key]
 
-                choice, reached, steps = search(designer, score, task.trials)
+                def in_time() -> bool:
+                    return task.seconds is None or time.perf_counter() < begin + task.seconds
+
+                choice, reached, steps = search(designer, score, task.trials, in_time)
+            before = None if older is None else probe.score(older, held, references)
+    if before is not None and before.kl < reached.kl:
+        state.remove()
+        return (
+            f"\n{task.against} has a divergence of {before.kl:.4g} nats and nothing found here has "
+            f"less than {reached.kl:.4g}: {task.out} is not written"
+        )
     notes = {
         "model": Path(task.model).name,
         "data": task.data if task.data == SYNTHETIC else Path(task.data).name,
@@ -369,6 +394,7 @@ def calibrate(task: Task) -> str:
         "seed": task.seed,
         "choice": asdict(choice),
         "score": asdict(reached),
+        "against": before and asdict(before),
         "steps": steps,
         "seconds": round(time.perf_counter() - begin),
     }
@@ -395,6 +421,7 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
         f"  divergence of the next token   {score.kl:.4f} nats",
         f"  same most likely token         {100 * score.agreement:.2f} % of positions",
         f"  same greedy answer             {100 * score.answers:.1f} % of prompts",
+        *([f"  {task.against} has {notes['against']['kl']:.4f} nats"] if notes["against"] else []),
         "",
         "How the search came there:",
         *(f"  {kl:8.4f}  {step}" for step, kl in notes["steps"]),
@@ -416,6 +443,18 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
             f"    --additional-config '{section}'",
         ]
     )
+
+
+def _older(path: Path, model: ModelIdentity, budget: Budget) -> Profile:
+    """A profile to compare with, which must fit the engine's pages."""
+    profile = load_profile(str(path))
+    fits = profile.model == model and not profile.layers_16bit
+    if not fits or profile.slots(torch.bfloat16) != budget.slots:
+        raise ConfigError(
+            f"--against {path} is a profile of {profile.average_bits:g} bits for a "
+            f"{profile.model.model_type}; give one of this model and of {budget.bits:g} bits"
+        )
+    return profile
 
 
 def _pinned(choice: Choice, designer: Designer) -> Choice:

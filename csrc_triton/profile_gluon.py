@@ -67,9 +67,6 @@ ROWS = 8
 
 _N = gl.constexpr(ROWS)
 
-_ROW_WORDS = gl.constexpr(128)
-"""Words of a row of code words in shared memory."""
-
 
 @gluon.constexpr_function
 def _first(slots, g):
@@ -136,31 +133,80 @@ def section_first(planes, i):
 
 
 @gluon.constexpr_function
-def _section_rows(planes, slots, i):
-    """Rows of code words of a section in shared memory."""
-    return -(-slots * section_size(planes, i) // 2 // 128)
+def _chunks(planes, slots):
+    """Section, first row of it and number of rows of what is copied at once: powers of two."""
+    out, section = (), 0
+    while section < planes.bit_count():
+        rows = -(-slots * section_size(planes, section) // 2 // 128)
+        first = 0
+        while rows > first:
+            size = 1 << ((rows - first).bit_length() - 1)
+            out, first = (*out, (section, first, size)), first + size
+        section += 1
+    return out
 
 
 @gluon.constexpr_function
-def _first_row(planes, slots, i):
-    """First row of a section; for one more than there are, the rows of all of them."""
-    first = 0
-    while i > 0:
-        i = i - 1
-        first += _section_rows(planes, slots, i)
-    return first
+def _num_chunks(planes, slots):
+    """Chunks of a part."""
+    return len(_chunks(planes, slots))
+
+
+@gluon.constexpr_function
+def _chunk_words(planes, slots, i):
+    """Words of a chunk."""
+    return 128 * _chunks(planes, slots)[i][2]
+
+
+@gluon.constexpr_function
+def _chunk_start(planes, slots, i):
+    """Word of a part that a chunk begins with."""
+    section, first, _ = _chunks(planes, slots)[i]
+    return slots * section_first(planes, section) // 2 + 128 * first
+
+
+@gluon.constexpr_function
+def _chunk_at(planes, slots, section, word):
+    """Chunk that holds a word of a section, and the word's place in it."""
+    for i, chunk in enumerate(_chunks(planes, slots)):
+        of, first, size = chunk
+        if of == section and 128 * first <= word < 128 * (first + size):
+            return i, word - 128 * first
+    return None
+
+
+@gluon.constexpr_function
+def _chunk_of(planes, slots, section, word):
+    """Chunk that holds a word of a section."""
+    return _chunk_at(planes, slots, section, word)[0]
+
+
+@gluon.constexpr_function
+def _place_of(planes, slots, section, word):
+    """Place of a word of a section in its chunk."""
+    return _chunk_at(planes, slots, section, word)[1]
 
 
 @gluon.jit
-def _fetch_codes(to, first_row, p_part, PLANES: gl.constexpr, SLOTS: gl.constexpr):
+def _code_buffers(PLANES: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory for codes.  One for each copy: between copies into one there is a barrier."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    out = ()
+    for i in gl.static_range(_num_chunks(PLANES, SLOTS)):
+        out = out + (
+            gl.allocate_shared_memory(gl.int32, [STAGES, _chunk_words(PLANES, SLOTS, i)], flat),
+        )
+    return out
+
+
+@gluon.jit
+def _fetch_codes(chunks, stage, p_part, PLANES: gl.constexpr, SLOTS: gl.constexpr):
     """Start to copy the codes of K or V; the last row of a section goes on with what is behind."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    o = gl.max_contiguous(gl.multiple_of(gl.arange(0, _ROW_WORDS, L), 4), 4)
-    for i in gl.static_range(num_sections(PLANES)):
-        p_section = p_part + SLOTS * section_first(PLANES, i) // 2
-        for r in gl.static_range(_section_rows(PLANES, SLOTS, i)):
-            row = first_row + _first_row(PLANES, SLOTS, i) + r
-            async_load(to.index(row), p_section + r * _ROW_WORDS + o)
+    for i in gl.static_range(_num_chunks(PLANES, SLOTS)):
+        o = gl.arange(0, _chunk_words(PLANES, SLOTS, i), L)
+        o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
+        async_load(chunks[i].index(stage), p_part + _chunk_start(PLANES, SLOTS, i) + o)
 
 
 @gluon.jit
@@ -204,18 +250,18 @@ def _numbers(buffer, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _code_tile(
-    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
+    chunks, stage, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
     FIRST: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     """Words of each lane of the tile that begins with sub-slot FIRST, int32 [32, WORDS]."""
     at: gl.constexpr = FIRST * section_size(PLANES, SECTION) // 2
-    row: gl.constexpr = _first_row(PLANES, SLOTS, SECTION) + at // 128
-    return load_tile(rows.index(first_row + row), at % 128, WORDS)
+    chunk = chunks[_chunk_of(PLANES, SLOTS, SECTION, at)].index(stage)
+    return load_tile(chunk, _place_of(PLANES, SLOTS, SECTION, at), WORDS)
 
 
 @gluon.jit
 def _load_section(
-    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
+    chunks, stage, PLANES: gl.constexpr, SLOTS: gl.constexpr, SECTION: gl.constexpr,
     FIRST: gl.constexpr, COUNT: gl.constexpr,
 ):  # fmt: skip
     """For each piece of a section and each of COUNT sub-slots, int32 [8 rows, 4 columns, 2 groups].
@@ -226,13 +272,13 @@ def _load_section(
     if SIZE == 256:
         low, high = (), ()
         for t in gl.static_range(COUNT):
-            w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST + t, 4)
+            w = _code_tile(chunks, stage, PLANES, SLOTS, SECTION, FIRST + t, 4)
             w0, w1 = w.reshape([8, 4, 2, 2]).split()
             low, high = low + (w0,), high + (w1,)
         out = (low, high)
     elif COUNT == 1:
         gl.static_assert(SIZE >= 64)
-        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, SIZE // 64)
+        w = _code_tile(chunks, stage, PLANES, SLOTS, SECTION, FIRST, SIZE // 64)
         if SIZE == 128:
             out = ((w.reshape([8, 4, 2]),),)
         else:
@@ -241,12 +287,12 @@ def _load_section(
     elif SIZE == 128:
         words = ()
         for t in gl.static_range(COUNT // 2):
-            w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST + 2 * t, 4)
+            w = _code_tile(chunks, stage, PLANES, SLOTS, SECTION, FIRST + 2 * t, 4)
             w0, w1 = w.reshape([8, 4, 2, 2]).permute((0, 1, 3, 2)).split()
             words = words + (w0, w1)
         out = (words,)
     elif SIZE == 64:
-        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, COUNT)
+        w = _code_tile(chunks, stage, PLANES, SLOTS, SECTION, FIRST, COUNT)
         if COUNT == 4:
             even, odd = w.reshape([8, 4, 2, 2]).split()
             w0, w2 = even.split()
@@ -262,7 +308,7 @@ def _load_section(
             out = ((gl.join(w0, w0 >> 8), gl.join(w1, w1 >> 8)),)
     else:
         gl.static_assert(SIZE == 32)
-        w = _code_tile(rows, first_row, PLANES, SLOTS, SECTION, FIRST, COUNT // 2)
+        w = _code_tile(chunks, stage, PLANES, SLOTS, SECTION, FIRST, COUNT // 2)
         if COUNT == 4:
             w0, w1 = w.reshape([8, 4, 2]).split()
             out = (
@@ -279,13 +325,13 @@ def _load_section(
 
 @gluon.jit
 def _load_codes(
-    rows, first_row, PLANES: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr,
+    chunks, stage, PLANES: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr,
     COUNT: gl.constexpr,
 ):  # fmt: skip
     """The same for all pieces."""
     out = ()
     for i in gl.static_range(num_sections(PLANES)):
-        out = out + _load_section(rows, first_row, PLANES, SLOTS, i, FIRST, COUNT)
+        out = out + _load_section(chunks, stage, PLANES, SLOTS, i, FIRST, COUNT)
     return out
 
 
@@ -420,16 +466,14 @@ def _attend_kernel(
     # codes of V come when those of the page before have been used.
     RANGES: gl.constexpr = RANGE_OFFSET // 2
     CODES: gl.constexpr = SLOTS * KEY_PLANES // 2  # words of the K codes
-    KEY_ROWS: gl.constexpr = _first_row(KEY_PLANES, SLOTS, num_sections(KEY_PLANES))
-    VALUE_ROWS: gl.constexpr = _first_row(VALUE_PLANES, SLOTS, num_sections(VALUE_PLANES))
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    keys = gl.allocate_shared_memory(gl.int32, [2 * KEY_ROWS, 128], flat)
+    keys = _code_buffers(KEY_PLANES, SLOTS, 2)
     key_scales = _scale_buffers(KEY_PLANES)
     key_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
     queries = _query_buffers(KEY_PLANES, N)
     key_pairs = _pairs(p_key_pairs, KEY_PLANES)
     if MODE != 1:
-        values = gl.allocate_shared_memory(gl.int32, [VALUE_ROWS, 128], flat)
+        values = _code_buffers(VALUE_PLANES, SLOTS, 1)
         value_scales = _scale_buffers(VALUE_PLANES)
         value_low = gl.allocate_shared_memory(gl.int32, [2, D // 2], flat)
         value_pairs = _pairs(p_value_pairs, VALUE_PLANES)
@@ -521,7 +565,7 @@ def _attend_kernel(
             if MODE != 1:
                 units = _value_units(value_scales, 1 - stage, DTYPE, ROW)  # of the page before
             if more:
-                _fetch_codes(keys, (1 - stage) * KEY_ROWS, p_page, KEY_PLANES, SLOTS)
+                _fetch_codes(keys, 1 - stage, p_page, KEY_PLANES, SLOTS)
                 _fetch_ranges(key_scales, key_low, 1 - stage, key_pairs, p_page + RANGES, D)
                 if MODE != 1:
                     _fetch_ranges(
@@ -546,12 +590,7 @@ def _attend_kernel(
                     end_slot > _first(SLOTS, g)
                 ):
                     words = _load_codes(
-                        keys,
-                        stage * KEY_ROWS,
-                        KEY_PLANES,
-                        SLOTS,
-                        _first(SLOTS, g),
-                        _count(SLOTS, g),
+                        keys, stage, KEY_PLANES, SLOTS, _first(SLOTS, g), _count(SLOTS, g)
                     )
                     s = repeat_rows(bias, _count(SLOTS, g), MMA)
                     for i in gl.static_range(_num_pieces(KEY_PLANES)):

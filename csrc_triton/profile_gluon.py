@@ -134,13 +134,12 @@ def section_first(planes, i):
 
 @gluon.constexpr_function
 def _chunks(planes, slots):
-    """Section, first row of it and number of rows of what is copied at once: powers of two."""
+    """Section, first word of it and number of words of what is copied at once: powers of two."""
     out, section = (), 0
     while section < planes.bit_count():
-        rows = -(-slots * section_size(planes, section) // 2 // 128)
-        first = 0
-        while rows > first:
-            size = 1 << ((rows - first).bit_length() - 1)
+        words, first = slots * section_size(planes, section) // 2, 0
+        while words > first:
+            size = 1 << ((words - first).bit_length() - 1)
             out, first = (*out, (section, first, size)), first + size
         section += 1
     return out
@@ -155,14 +154,14 @@ def _num_chunks(planes, slots):
 @gluon.constexpr_function
 def _chunk_words(planes, slots, i):
     """Words of a chunk."""
-    return 128 * _chunks(planes, slots)[i][2]
+    return _chunks(planes, slots)[i][2]
 
 
 @gluon.constexpr_function
 def _chunk_start(planes, slots, i):
     """Word of a part that a chunk begins with."""
     section, first, _ = _chunks(planes, slots)[i]
-    return slots * section_first(planes, section) // 2 + 128 * first
+    return slots * section_first(planes, section) // 2 + first
 
 
 @gluon.constexpr_function
@@ -170,8 +169,8 @@ def _chunk_at(planes, slots, section, word):
     """Chunk that holds a word of a section, and the word's place in it."""
     for i, chunk in enumerate(_chunks(planes, slots)):
         of, first, size = chunk
-        if of == section and 128 * first <= word < 128 * (first + size):
-            return i, word - 128 * first
+        if of == section and first <= word < first + size:
+            return i, word - first
     return None
 
 
@@ -199,12 +198,19 @@ def _code_buffers(PLANES: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexp
     return out
 
 
+@gluon.constexpr_function
+def _copy_layout(words):
+    """As many bytes a lane as there are, up to 16."""
+    return gl.BlockedLayout([min(words // 32, 4)], [32], [1], [0])
+
+
 @gluon.jit
 def _fetch_codes(chunks, stage, p_part, PLANES: gl.constexpr, SLOTS: gl.constexpr):
-    """Start to copy the codes of K or V; the last row of a section goes on with what is behind."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    """Start to copy the codes of K or V."""
     for i in gl.static_range(_num_chunks(PLANES, SLOTS)):
-        o = gl.arange(0, _chunk_words(PLANES, SLOTS, i), L)
+        o = gl.arange(
+            0, _chunk_words(PLANES, SLOTS, i), _copy_layout(_chunk_words(PLANES, SLOTS, i))
+        )
         o = gl.max_contiguous(gl.multiple_of(o, 4), 4)
         async_load(chunks[i].index(stage), p_part + _chunk_start(PLANES, SLOTS, i) + o)
 

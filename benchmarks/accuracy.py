@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import accuracy_report
 from benchmarks.accuracy_data import SHORT_ANSWER, Parts, load_rows
 from benchmarks.accuracy_engines import Setting
 from benchmarks.accuracy_jobs import Found, Message, Outcome, Unit, divide, run_units
@@ -261,62 +262,6 @@ def summary_lines(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw exact match against bytes of a visual token, a panel for each mode."""
-    from matplotlib import pyplot as plt
-
-    modes = record["modes"]
-    settings = [s for s in record["settings"] if {*modes} <= s["modes"].keys()]
-    figure, panels = plt.subplots(
-        1,
-        len(modes),
-        figsize=(1 + 4 * len(modes), 5 + 0.16 * len(settings)),
-        sharey=True,
-        squeeze=False,
-    )
-    widths = [s for s in settings if s["setting"] in WIDTHS]
-    learned = [s for s in settings if "profile=" in s["setting"]]
-    lines = [sorted(part, key=lambda s: s["bytes_per_visual_token"]) for part in (widths, learned)]
-    sizes = sorted({round(s["bytes_per_visual_token"]) for s in settings})
-    for mode, axes in zip(modes, panels[0], strict=True):
-        for line, style in zip(lines, ("-", "--"), strict=True):
-            axes.plot(
-                [s["bytes_per_visual_token"] for s in line],
-                [s["modes"][mode]["mean"] for s in line],
-                style,
-                color="lightgrey",
-                zorder=1,
-            )
-        beside: dict[float, int] = {}
-        for i, setting in enumerate(settings):
-            size, result = setting["bytes_per_visual_token"], setting["modes"][mode]
-            # Settings of one width have the same bytes: stand them side by side.
-            place = beside[size] = beside.get(size, -1) + 1
-            axes.errorbar(
-                size * 1.09**place,
-                result["mean"],
-                yerr=result["drop_half_interval"],
-                color=f"C{i}",
-                marker="o" if setting in widths else "*" if setting in learned else "D",
-                linestyle="none",
-                label=setting["setting"],
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=60)
-        axes.minorticks_off()
-        axes.set_xlabel("bytes of KV cache a visual token, all layers")
-        axes.set_title(f"mode {mode}", fontsize=10)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("exact match, mean over tasks, %")
-    asked = max(task["n"] for task in settings[0]["modes"][modes[0]]["tasks"].values())
-    figure.suptitle(f"{record['model']}, {asked} questions a task", fontsize=10)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center")
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # Command line.
 
 
@@ -437,8 +382,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"{settings[0].name}: {results.found[0].error or 'no part was finished'}")
     print_results(record)
     try:
-        if all("bytes_per_visual_token" in s for s in record["settings"] if s["modes"]):
-            plot(record, path.with_suffix(".png"))
+        shown = accuracy_report.plot_data(record["settings"])
+        if len(shown) > 1:
+            accuracy_report.plot(shown, path.with_suffix(".png"))
     except ImportError:
         print("\nno plot: matplotlib is not installed")
     print(f"\n{path}")

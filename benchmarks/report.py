@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import accuracy_report
 from benchmarks.records import RECORDS
 from benchmarks.serving_summary import (
     EIGHT_BITS,
@@ -202,6 +203,8 @@ def kernels_region(folder: Path) -> list[str]:
 
 REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "decode kernels": kernels_region,
+    "accuracy": accuracy_report.accuracy_region,
+    "accuracy with profiles": accuracy_report.profiles_region,
     "serving goals": lambda folder: goals_region(load_runs(folder)),
     "serving": lambda folder: dtypes_region(load_runs(folder), COLUMNS),
     "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),
@@ -276,6 +279,19 @@ def plot(data: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plots(folder: Path) -> dict[str, tuple[Any, Callable[[Any, Path], None]]]:
+    """By file: what a plot of the records shows, and what draws it."""
+
+    def accuracy(data: Any, path: Path) -> None:
+        accuracy_report.plot(data, path, {DIGEST: digest(data)})
+
+    settings, _ = accuracy_report.latest(folder)
+    return {
+        PLOT: (plot_data(load_runs(folder)), plot),
+        accuracy_report.PLOT: (accuracy_report.plot_data(list(settings.values())), accuracy),
+    }
+
+
 def plot_digest(path: Path) -> str | None:
     """Digest of what a plot shows; None if there is no plot."""
     if not path.exists():
@@ -292,9 +308,9 @@ def problems(readme: Path = README, folder: Path = RECORDS) -> list[str]:
     text = readme.read_text(encoding="utf-8")
     if render(text, folder) != text:
         found.append(f"{readme.name} does not say what the records say")
-    data = plot_data(load_runs(folder))
-    if data and plot_digest(folder / PLOT) != digest(data):
-        found.append(f"{PLOT} does not show what the records say")
+    for name, (data, _) in plots(folder).items():
+        if data and plot_digest(folder / name) != digest(data):
+            found.append(f"{name} does not show what the records say")
     return [f"{problem}; run python -m benchmarks.report" for problem in found]
 
 
@@ -308,9 +324,9 @@ def main() -> None:
         print("\n".join(found) or "README and plots agree with the records")
         sys.exit(bool(found))
     README.write_text(render(README.read_text(encoding="utf-8"), RECORDS), encoding="utf-8")
-    data = plot_data(load_runs())
-    if data:
-        plot(data, RECORDS / PLOT)
+    for name, (data, draw) in plots(RECORDS).items():
+        if data:
+            draw(data, RECORDS / name)
     print(f"{README.name}: {', '.join(REGIONS)}")
 
 

@@ -1,7 +1,6 @@
 """Figures of ``docs/method.md``: ``python -m docs.figures`` draws them from files alone.
 
-Accuracy comes from the newest record of ``benchmarks.accuracy``, bits and searches from the
-profiles in ``tests/tinyvlm/profiles``.
+Bits and searches come from the profiles in ``tests/tinyvlm/profiles``.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.records import newest_record
 from tests.tinyvlm.profiles import WIDTHS, profile_path
 from vllm_calibquant.profile import Profile, load_profile
 
 HERE = Path(__file__).parent
-MARKS = {"decode": "o", "prefix-hit": "s"}
-TICKS = (0, 1, 3, 10, 30)
 
 
 def main() -> None:
@@ -25,7 +21,6 @@ def main() -> None:
     profiles = {bits: load_profile(profile_path(bits)) for bits in WIDTHS}
     draw_bits(profiles, HERE / "bits.png")
     draw_search(profiles, HERE / "search.png")
-    draw_accuracy(newest_record("accuracy"), HERE / "accuracy.png")
 
 
 def draw_bits(profiles: dict[float, Profile], path: Path) -> None:
@@ -64,38 +59,6 @@ def draw_search(profiles: dict[float, Profile], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("steps that the search kept, after the closed form")
     axes.set_ylabel("KL to 16 bits, nats a token")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_accuracy(record: dict[str, Any], path: Path) -> None:
-    """Points below 16 bits against bytes of a visual token: uniform widths and profiles."""
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    for learned, style in ((False, ":"), (True, "-")):
-        chosen = [s for s in record["settings"][1:] if ("profile=" in s["setting"]) == learned]
-        chosen = [s for s in chosen if learned or " " not in s["setting"]]
-        chosen.sort(key=lambda s: s["bytes_per_visual_token"])
-        for i, (mode, mark) in enumerate(MARKS.items()):
-            found = [s["modes"][mode] for s in chosen if mode in s["modes"]]
-            axes.errorbar(
-                [s["bytes_per_visual_token"] for s in chosen][: len(found)],
-                [f["drop"] for f in found],
-                yerr=[f["drop_half_interval"] for f in found],
-                color=f"C{i}",
-                marker=mark,
-                linestyle=style,
-                capsize=2,
-                label=f"{'learned planes' if learned else 'one width for all'}, {mode}",
-            )
-    sizes = sorted({round(s["bytes_per_visual_token"]) for s in record["settings"][1:]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_yticks(TICKS, [str(tick) for tick in TICKS])
-    axes.set_xlabel("bytes of KV cache a visual token, all layers")
-    axes.set_ylabel("points of exact match below 16 bits")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     _save(figure, path)

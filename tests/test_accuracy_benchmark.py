@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks import accuracy_report
 from benchmarks.accuracy import PROFILES, Results, main, parse_args, summary_lines
 from benchmarks.accuracy_data import PART, Parts, Row, batches, chat, load_rows, other_questions
 from benchmarks.accuracy_engines import InProcess, Setting
@@ -382,3 +383,37 @@ def test_a_profile_stands_for_its_width() -> None:
     ]
     settings.insert(1, settings.pop(2))
     assert "accuracy_drop bits1=2.0" in summary_lines({"settings": settings})
+
+
+def test_report_takes_the_newest_of_every_setting(tmp_path: Path) -> None:
+    def entry(setting: str, bits: float, size: float | None, right: str | None) -> dict:
+        result = {
+            "tasks": {"a": {"n": 4, "exact_match": 25 * (right or "").count("1")}},
+            "mean": 25.0 * (right or "").count("1"),
+            "drop": 100 - 25.0 * (right or "").count("1"),
+            "drop_half_interval": 1.0,
+        }
+        modes = {} if right is None else dict.fromkeys(("decode", "prefix-hit"), result)
+        return {"setting": setting, "bits": bits, "bytes_per_visual_token": size, "modes": modes}
+
+    def write(date: str, data: str, *settings: dict) -> None:
+        record = {"date": date, "device": "GPU", "model": "m", "data": data, "settings": settings}
+        (tmp_path / f"accuracy-{date}.json").write_text(json.dumps(record))
+
+    profile = entry("calibquant1 profile=x/y.safetensors", 1.0, 14.0, "1110")
+    sixteen = entry("auto", 16, 200.0, "1111")
+    write("20260101", "other questions", entry("calibquant4", 4, 60.0, "0000"))
+    write("20260102", "these", sixteen, entry("calibquant1", 1, 14.0, "0000"), profile)
+    stock = entry("turboquant_3bit_nc", 16, 200.0, "1111"), entry("int4_x", 16, 50.0, None)
+    write("20260103", "these", sixteen, entry("calibquant1", 1, 14.0, "1000"), *stock)
+    text = "\n".join(accuracy_report.accuracy_region(tmp_path))
+    assert "| 16 bits | 200 | 100.0 | 100.0 |" in text
+    assert "| `calibquant1` | 14 | 25.0 (75.0 ± 1.0) | 25.0 (75.0 ± 1.0) |" in text
+    assert text.count("accuracy-20260103.json") == 2 and "accuracy-20260102" not in text
+    assert "TurboQuant's bytes mislead here" in text
+    assert "`int4_x` of stock vLLM ended in an error" in text
+    assert "75 in `a`" in text and "calibquant4" not in text
+    text = "\n".join(accuracy_report.profiles_region(tmp_path))
+    assert "| profile of 1 bit | 14 | 75.0 (25.0 ± 1.0) |" in text
+    assert "4 questions of each kind. GPU, 20260103: [accuracy-20260103.json]" in text
+    assert "; GPU, 20260102: [accuracy-20260102.json]" in text

@@ -95,6 +95,7 @@ SETTINGS = (
     "calibquant1 layers_16bit=[0]",
 )
 QUICK = {
+    "label": "quick",  # no table of the README is made of so few questions
     "count": 8,
     "kl_count": 2,
     "settings": ["auto", "calibquant2", *PROFILES, "calibquant1"],

@@ -118,16 +118,16 @@ def accuracy_region(folder: Path) -> list[str]:
     chosen = [entries[name] for name in (*DEFAULTS, PAPER) if name in entries]
     stock = [e for name, e in entries.items() if name.startswith(STOCK) and e not in chosen]
     chosen += [e for e in stock if e["modes"]]
-    lines = [*table(chosen, first), "", whence(sources, chosen)]
+    lines = [*table(chosen, first), "", f"* {whence(sources, chosen)}"]
     if padded(chosen, first):
         lines += [
-            "TurboQuant's bytes mislead here: vLLM keeps the first two and the last two layers at "
-            "16 bits, which are four of this model's six, and pads the pages of the others to the "
-            "same size."
+            "* TurboQuant's bytes mislead here: vLLM keeps the first two and the last two layers "
+            "at 16 bits, which are four of this model's six, and pads the pages of the others to "
+            "the same size."
         ]
     for entry in stock:
         if not entry["modes"]:
-            lines += [f"`{entry['setting']}` of stock vLLM ended in an error with this model."]
+            lines += [f"* `{entry['setting']}` of stock vLLM ended in an error with this model."]
     one = entries.get("calibquant1")
     if one and "prefix-hit" in one["modes"]:
         before, after = (e["modes"]["prefix-hit"]["tasks"] for e in (first, one))
@@ -138,8 +138,8 @@ def accuracy_region(folder: Path) -> list[str]:
             for some in (most[:LOST_MOST], most[:-LOST_MOST:-1])
         )
         lines += [
-            f"The points that `calibquant1` loses after a prefix hit differ from kind to kind: "
-            f"{named}, but {least}."
+            f"* The points that `calibquant1` loses after a prefix hit differ from kind to kind of "
+            f"question: {named}, but {least}."
         ]
     return lines
 

@@ -79,6 +79,12 @@ PATCHES = (
         "when it has",
     ),
     Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler.max_num_active_reqs",
+        "set it to 1 while calibration computes prompts",
+        "what a watched layer sees of a step must be one prompt",
+        "when LLM can be told to run requests one after the other",
+    ),
+    Patch(
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         "call it before our spec is registered",
         "built-in specs are registered lazily if the registry is empty; ours would keep them out",

@@ -435,6 +435,7 @@ class Probe:
         watched, scheduler = self.watched, compat.scheduler_of(self.llm)
         watched.hidden.clear()
         watched.wanted.extend(firsts)
+        # One prompt a step, in this order; their images are prepared together.
         most, scheduler.max_num_active_reqs = scheduler.max_num_active_reqs, 1
         try:
             outputs = self._chat(chats, 1, **kwargs)

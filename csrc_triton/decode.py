@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_calibquant.format import PageFormat
-
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .merge import _merge_splits_kernel
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words, pipeline_stages
+from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stages
 
 try:
     from .decode_gluon import _decode_kernel
@@ -193,8 +191,7 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
     """Whether a Gluon decode kernel serves a format, query group and device."""
     return (
         GLUON
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and compute_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
         and ((serves_uniform(fmt) and group <= 16) or (serves_planes(fmt) and group <= 8))
     )
@@ -202,8 +199,7 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
 
 def serves_uniform(fmt: DeviceFormat) -> bool:
     """Whether the kernel for components of one width serves a format."""
-    page, bits = fmt.page, fmt.uniform_bits
-    return bits in (1, 2, 4) and page.slots == PageFormat.uniform(page.head_size, bits).slots
+    return fmt.full_page_bits in (1, 2, 4)
 
 
 def serves_planes(fmt: DeviceFormat) -> bool:
@@ -218,7 +214,7 @@ def serves_planes(fmt: DeviceFormat) -> bool:
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether a launch may start before the one it depends on has ended (Hopper and newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return compute_capability(device) >= (9, 0)
 
 
 def _split_gluon(

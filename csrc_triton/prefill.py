@@ -15,7 +15,7 @@ import triton.language as tl
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words, pipeline_stages
+from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stages
 
 try:
     from .prefill_gluon import ROWS, _prefill_kernel
@@ -270,8 +270,7 @@ def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
     """Whether a Gluon kernel serves a format and device."""
     return (
         GLUON
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and compute_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
         and (serves_uniform(fmt) or serves_planes(fmt))
     )

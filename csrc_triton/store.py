@@ -22,7 +22,7 @@ import triton.language as tl
 from vllm_calibquant.format import PageFormat, tile_slots
 
 from .metadata import StepTables
-from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words
+from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words, compute_capability
 
 try:
     from .store_gluon import _store_kernel as _fast_store_kernel
@@ -422,8 +422,7 @@ def gluon_stores(fmt: DeviceFormat, device: torch.device) -> bool:
     """Whether a Gluon kernel serves a format and device."""
     return (
         GLUON
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and compute_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
         and (_stores_uniform(fmt) or (fmt.key_pairs is not None and fmt.value_pairs is not None))
     )
@@ -466,7 +465,7 @@ def _launch_gluon(
         kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
         visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
         fmt.key_clips, fmt.value_clips, fmt.key_mixes, fmt.value_mixes,
-        HOPPER=torch.cuda.get_device_capability(key.device) >= (9, 0), **constants,
+        HOPPER=compute_capability(key.device) >= (9, 0), **constants,
         num_warps=warps, enable_fp_fusion=False, **limit,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ the numbers that the range estimator needs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 
@@ -93,11 +94,24 @@ class DeviceFormat:
             object.__setattr__(self, f"{name}_pairs", _pairs(source))
             object.__setattr__(self, f"{name}_levels", levels)
 
-    @property
+    @cached_property
     def uniform_bits(self) -> int:
         """Bits of every component of K and V, or 0 if they differ."""
         widths = set(self.page.key_bits) | set(self.page.value_bits)
         return widths.pop() if len(widths) == 1 else 0
+
+    @cached_property
+    def full_page_bits(self) -> int:
+        """The same where pages have as many sub-slots as fit, else 0."""
+        bits, page = self.uniform_bits, self.page
+        most = PageFormat.uniform(page.head_size, bits).slots if bits else 0
+        return bits if page.slots == most else 0
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; ``(0, 0)`` for anything else.  Launchers ask several times a layer."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _plane_table(bits: tuple[int, ...]) -> torch.Tensor:

@@ -6,7 +6,6 @@ Launches go through Triton's own binders up to the key of its cache, for a devic
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import random
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from tests.test_profile import make_profile
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.attention.warmup import serve_empty_step, step_shapes, warm_up
 from vllm_calibquant.config import load_config
+from vllm_calibquant.format import PageFormat
 from vllm_calibquant.profile import ModelIdentity
 
 MAX_REQS, MAX_TOKENS = 256, 2048
@@ -69,19 +69,10 @@ def cuda(monkeypatch):
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", attend, raising=False)
     module = importlib.import_module("vllm_calibquant.attention.cuda")
     monkeypatch.setattr(module, "flash_attn_varlen_func", attend)
-    gpu = torch.device("cuda", 0)
-    for home, name in (
-        ("decode", "gluon_serves"),
-        ("decode", "dependent_launch"),
-        ("store", "gluon_stores"),
-        ("prefill", "gluon_prefills"),
-    ):
-        kernel_file = importlib.import_module(f"csrc_triton.{home}")
-        original = getattr(kernel_file, name)
-        on_gpu = functools.partial(lambda original, *args: original(*args[:-1], gpu), original)
-        monkeypatch.setattr(kernel_file, name, on_gpu)
+    for home in ("decode", "prefill", "store"):
+        kernels = importlib.import_module(f"csrc_triton.{home}")
+        monkeypatch.setattr(kernels, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr("csrc_triton.prefill._multiprocessors", lambda device: 132)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda other: contextlib.nullcontext())
@@ -243,6 +234,8 @@ def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
     builder, layer = make_parts(cuda, monkeypatch, *CASES[case])
     warm_up(builder, {"layer": layer}, images=True)
     warm = set(keys)
+    # Nor is a format made again, which would take longer than all launches of a layer.
+    monkeypatch.delattr(PageFormat, "__post_init__")
     draw = random.Random(case)
     for width in (250, 256):
         server = Server(builder, layer, width)

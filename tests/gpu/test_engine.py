@@ -128,7 +128,9 @@ def test_text_where_codes_were_is_that_of_stock(settings):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["calibquant2", PROFILE])
-def test_tensor_parallel_ranks_answer_as_one(kind):
+def test_tensor_parallel_ranks_answer_as_one(kind, monkeypatch):
+    # To ask whether there is a GPU is enough to make processes that fork unfit for CUDA.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     questions = list(examples("test", 7, 2))
     with start(
         model_path(), kind, tensor_parallel_size=2, gpu_memory_utilization=0.3, **GRAPHS

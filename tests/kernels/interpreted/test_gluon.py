@@ -34,7 +34,7 @@ def gluon(monkeypatch):
     monkeypatch.setattr(store, "_fast_store_kernel", Launcher(store_gluon._store_kernel))
     monkeypatch.setattr(store, "_profile_store_kernel", Launcher(store_profile_gluon._store_kernel))
     monkeypatch.setattr(store, "gluon_stores", lambda *args: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(store, "compute_capability", lambda device: (9, 0))
 
 
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])

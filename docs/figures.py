@@ -39,10 +39,10 @@ def draw_bits(profiles: dict[float, Profile], path: Path) -> None:
                     0.36,
                     bottom,
                     color=plt.get_cmap("viridis")(1 - width / 4),
-                    label=f"{width} bits" if part == "key" else None,
+                    label=f"{width} bit{'s' * (width != 1)}" if part == "key" else None,
                 )
                 bottom = [a + b for a, b in zip(bottom, counts, strict=True)]
-        axes.set_title(f"{bits:g} bits on average", fontsize=10)
+        axes.set_title(f"{bits:g} bit{'s' * (bits != 1)} on average", fontsize=10)
         axes.set_xlabel("layer: K left, V right")
     panels[0].set_ylabel("components of a head")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -55,8 +55,9 @@ def draw_search(profiles: dict[float, Profile], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3))
     for bits, profile in profiles.items():
         values = [kl for _, kl in profile.notes["steps"]]
-        axes.plot(range(len(values)), values, "o-", label=f"{bits:g} bits")
+        axes.plot(range(len(values)), values, "o-", label=f"{bits:g} bit{'s' * (bits != 1)}")
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("steps that the search kept, after the closed form")
     axes.set_ylabel("KL to 16 bits, nats a token")
     axes.legend(fontsize=8)

@@ -67,8 +67,8 @@ class Method:
     @classmethod
     def default(cls, bits: int) -> "Method":
         """Return what a server does that is told nothing but the width."""
-        clip = {1: 0.55, 2: 0.8}.get(bits, 1.0)
-        return cls(bits, clip, clip, about_midpoint=True)
+        clips = {1: (0.55, 0.55), 2: (1.0, 0.9)}.get(bits, (1.0, 1.0))
+        return cls(bits, *clips, about_midpoint=True)
 
     @classmethod
     def paper(cls, bits: int) -> "Method":

@@ -289,7 +289,7 @@ _BUILDERS: dict[
 STYLES = tuple(_BUILDERS)
 # Chosen among a few dozen: the two best candidates of every greedy choice of the tests in
 # test_reference.py differ by at least 0.003 in log-probability, and no answer repeats itself soon.
-SEEDS = {"llava": 9, "qwen2_5_vl": 2, "qwen3_vl": 3, "internvl": 17}
+SEEDS = {"llava": 94, "qwen2_5_vl": 2, "qwen3_vl": 3, "internvl": 17}
 
 
 @torch.no_grad()

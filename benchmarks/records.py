@@ -32,14 +32,24 @@ def environment() -> dict[str, Any]:
         device, driver = next(iter(_nvidia_smi("name", "driver_version")), [device, None])
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
-        ),
+        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *_options()]),
         "device": device,
         "driver": driver,
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _options() -> list[str]:
+    """Those of this process, but for where results go, which is no part of what was measured."""
+    given = iter(sys.argv[1:])
+    options = []
+    for option in given:
+        if option in ("--out", "--log-dir"):
+            next(given, None)
+        elif not option.startswith(("--out=", "--log-dir=")):
+            options.append(option)
+    return options
 
 
 def gpu_names() -> dict[str, str]:

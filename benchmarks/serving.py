@@ -407,10 +407,6 @@ def main(argv: list[str] | None = None) -> Path | None:
     }
     record["run"] = args.run or record["date"]
     record["device"] = next(filter(None, names.values()), record["device"])
-    # Where results go is no part of what was measured.
-    for folder in (args.out, args.log_dir):
-        for option in ("--out", "--log-dir"):
-            record["command"] = record["command"].replace(f" {option} {folder}", "")
     path = record_path("serving", record["date"], args.out)
     save_record(path, record)
     Benchmark(deque(todo), args.devices or [None], record, path).run()

@@ -20,7 +20,6 @@ from .fragments import (
     LOG2E,
     P_EXP,
     PAGE_MASK,
-    TAG,
     calibration,
     exponent,
     fetch,
@@ -42,6 +41,7 @@ from .fragments import (
     pow2,
     probabilities,
     query_weight,
+    run_slots,
 )
 from .gluon_compat import async_load, reinterpret
 
@@ -324,12 +324,7 @@ def _decode_kernel(
         l_i = gl.zeros([N], gl.float32, COLUMN)
         acc = gl.zeros([D, N], gl.float32, MMA)
         for i_run in range(run_begin, run_end):
-            first_slot = (first >> TAG) - 1
-            end_slot = last_slot + 1
-            if i_run * 2 < begin:
-                first_slot = gl.maximum(first_slot, HALF)
-            if i_run * 2 + 2 > end:
-                end_slot = gl.minimum(end_slot, HALF)
+            first_slot, end_slot = run_slots(first, last_slot, i_run, begin, end, HALF)
             more = i_run + 1 < run_end
             ahead = gl.minimum(i_run + 1, run_end - 1)
             first = gl.load(p_run + ahead * 2)

@@ -271,6 +271,21 @@ def bit(words, bit: gl.constexpr):
 
 
 @gluon.jit
+def run_slots(first, last_slot, i_run, begin, end, HALF: gl.constexpr):
+    """First sub-slot of run i_run and the one after its last, within half runs begin .. end - 1.
+
+    ``first`` is the run's first tagged id, and half run ``2 i + 1`` begins at sub-slot HALF.
+    """
+    first_slot = (first >> TAG) - 1
+    end_slot = last_slot + 1
+    if i_run * 2 < begin:
+        first_slot = gl.maximum(first_slot, HALF)
+    if i_run * 2 + 2 > end:
+        end_slot = gl.minimum(end_slot, HALF)
+    return first_slot, end_slot
+
+
+@gluon.jit
 def inside(slot: gl.constexpr, COUNT: gl.constexpr, first_slot, end_slot, MMA: gl.constexpr):
     """Which of 16 COUNT tokens from sub-slot ``slot`` on lie in first_slot .. end_slot - 1."""
     o_s = slot + gl.arange(0, 16 * COUNT, gl.SliceLayout(1, MMA)) // 16

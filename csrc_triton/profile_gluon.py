@@ -30,7 +30,6 @@ from .decode_gluon import _request_extremes
 from .fragments import (
     LOG2E,
     PAGE_MASK,
-    TAG,
     calibration,
     exponent,
     flushed_exp2,
@@ -48,6 +47,7 @@ from .fragments import (
     pow2,
     query_weight,
     repeat_rows,
+    run_slots,
     value_operand,
 )
 from .gluon_compat import async_load, reinterpret
@@ -556,12 +556,7 @@ def _attend_kernel(
             acc = acc + (gl.zeros([_piece_size(VALUE_PLANES, i), N], gl.float32, MMA),)
         offsets = gl.zeros([D, N], gl.float32, MMA)
         for i_run in range(run_begin, run_end):
-            first_slot = (first >> TAG) - 1
-            end_slot = last_slot + 1
-            if i_run * 2 < begin:
-                first_slot = gl.maximum(first_slot, HALF)
-            if i_run * 2 + 2 > end:
-                end_slot = gl.minimum(end_slot, HALF)
+            first_slot, end_slot = run_slots(first, last_slot, i_run, begin, end, HALF)
             more = i_run + 1 < run_end
             ahead = gl.minimum(i_run + 1, run_end - 1)
             first = gl.load(p_run + ahead * 2)

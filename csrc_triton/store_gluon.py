@@ -231,6 +231,30 @@ def _store_words(
 
 
 @gluon.jit
+def fetch_rows(n, p_rows, p_x, stride_xt, o_r, o_w, SLOTS: gl.constexpr):
+    """Begin to copy the rows of a page, as words, into four buffers.
+
+    Warp w has tokens 32 w .. 32 w + 31, buffer g their group g.  Rows without a token repeat the
+    page's first one, which changes no extreme.
+    """
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    first = gl.load(p_rows)
+    rows = ()
+    for g in gl.static_range(4):
+        token = 32 * (o_r // 8) + 8 * g + o_r % 8
+        row = gl.load(p_rows + gl.minimum(token, SLOTS * 16 - 1))
+        rows = rows + (gl.where(token < n, row, first),)
+    buffers = ()
+    for g in gl.static_range(4):
+        buffer = gl.allocate_shared_memory(gl.int32, [o_r.shape[0], o_w.shape[0]], SHARED)
+        row = rows[g].to(gl.int64)
+        async_load(buffer, p_x + row[:, None] * stride_xt + o_w[None, :])
+        async_copy.commit_group()
+        buffers = buffers + (buffer,)
+    return buffers
+
+
+@gluon.jit
 def _store_part(
     n, p_rows, p_x, stride_xt, p_words, p_ranges, p_clip, p_mix, transposed,
     D: gl.constexpr, BITS: gl.constexpr, SLOTS: gl.constexpr, FULL: gl.constexpr,
@@ -244,25 +268,10 @@ def _store_part(
     COLUMNS: gl.constexpr = column_layout(W, NUM_WARPS)
     FRAGMENT: gl.constexpr = fragment_layout(W, NUM_WARPS)
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
 
-    # Warp w has tokens 32 w .. 32 w + 31, buffer g their group g.  Rows without a token repeat the
-    # page's first one, which changes no extreme.
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, COLUMNS))
     o_w = gl.arange(0, W, gl.SliceLayout(0, COLUMNS))
-    first = gl.load(p_rows)
-    rows = ()
-    for g in gl.static_range(4):
-        token = 32 * (o_r // 8) + 8 * g + o_r % 8
-        row = gl.load(p_rows + gl.minimum(token, SLOTS * 16 - 1))
-        rows = rows + (gl.where(token < n, row, first),)
-    buffers = ()
-    for g in gl.static_range(4):
-        buffer = gl.allocate_shared_memory(gl.int32, [ROWS, W], SHARED)
-        row = rows[g].to(gl.int64)
-        async_load(buffer, p_x + row[:, None] * stride_xt + o_w[None, :])
-        async_copy.commit_group()
-        buffers = buffers + (buffer,)
+    buffers = fetch_rows(n, p_rows, p_x, stride_xt, o_r, o_w, SLOTS)
 
     for g in gl.static_range(4):
         async_copy.wait_group(3 - g)

@@ -13,12 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .gluon_compat import async_load, barrier
+from .gluon_compat import barrier
 from .profile_gluon import num_sections, section_first, section_size
 from .store_gluon import (
     column_layout,
     divide,
     extremes,
+    fetch_rows,
     fragment_layout,
     half_extremes,
     number,
@@ -136,24 +137,10 @@ def _store_part(
     ROWS: gl.constexpr = 8 * NUM_WARPS
     COLUMNS: gl.constexpr = column_layout(W, NUM_WARPS)
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
 
-    # Rows without a token repeat the page's first one, which changes no extreme.
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, COLUMNS))
     o_w = gl.arange(0, W, gl.SliceLayout(0, COLUMNS))
-    first = gl.load(p_rows)
-    rows = ()
-    for g in gl.static_range(4):
-        token = 32 * (o_r // 8) + 8 * g + o_r % 8
-        row = gl.load(p_rows + gl.minimum(token, SLOTS * 16 - 1))
-        rows = rows + (gl.where(token < n, row, first),)
-    buffers = ()
-    for g in gl.static_range(4):
-        buffer = gl.allocate_shared_memory(gl.int32, [ROWS, W], SHARED)
-        row = rows[g].to(gl.int64)
-        async_load(buffer, p_x + row[:, None] * stride_xt + o_w[None, :])
-        async_copy.commit_group()
-        buffers = buffers + (buffer,)
+    buffers = fetch_rows(n, p_rows, p_x, stride_xt, o_r, o_w, SLOTS)
 
     even_sum = gl.zeros([ROWS, W], gl.float32, COLUMNS)
     odd_sum = gl.zeros([ROWS, W], gl.float32, COLUMNS)

@@ -190,22 +190,12 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> MixedCUDAMetadata:
         self.step.prefills = common.max_query_len > 1
         self.step.stock = stock
-        if self.step.prefills and stock:
+        if self.step.prefills and not visual:
+            if not stock:  # our store reads them
+                self._build_tables(common)
             return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            common, decode_threshold=1
-        )
+        num_decodes, num_prefills, num_decode_tokens = self._build_tables(common)
         tables = self.tables
-        kernels.build_tables(
-            tables,
-            common.block_table_tensor,
-            common.seq_lens,
-            common.query_start_loc,
-            common.slot_mapping,
-            num_decodes=num_decodes,
-        )
-        if num_prefills and not visual:
-            return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         # FlashAttention sees the decodes only, and of them the text only.
         decodes = copy(common)  # dataclasses.replace takes several times as long
         vars(decodes).update(
@@ -247,6 +237,21 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 has_context=bool((totals > lengths).any()),
             )
         return metadata
+
+    def _build_tables(self, common: CommonAttentionMetadata) -> tuple[int, int, int]:
+        """Fill the step's tables; returns numbers of decodes, prefills, and decodes' tokens."""
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=1
+        )
+        kernels.build_tables(
+            self.tables,
+            common.block_table_tensor,
+            common.seq_lens,
+            common.query_start_loc,
+            common.slot_mapping,
+            num_decodes=num_decodes,
+        )
+        return num_decodes, num_prefills, num_decode_tokens
 
 
 class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):

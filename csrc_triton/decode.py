@@ -176,13 +176,15 @@ def decode_attention(
     has_text = text is not None
     text_out, text_lse = text if text is not None else (query, scratch.lse)
     out_lse = scratch.lse if lse is None else lse
+    # Few requests have many items each, and what counts is how often one load waits for another.
+    items = 32 if num_requests * 16 <= tables.target_programs else 16
     _merge_splits_kernel[(num_requests, num_heads)](
         scratch.out, scratch.lse, tables.item_start, 0,
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, BI=16, PDL=pdl, PLANES=planes,
-        BITS=fmt.value_plane.shape[0] if planes else 0, num_warps=2,
+        HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
+        BITS=fmt.value_plane.shape[0] if planes else 0, num_warps=items // 8,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

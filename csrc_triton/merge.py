@@ -29,19 +29,21 @@ def _merge_splits_kernel(
     i_head = tl.program_id(1)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
+    # All that does not hang on something else is loaded at once: this launch is mostly waiting.
+    begin = tl.load(p_item_start + first_req + i_row)
+    end = tl.load(p_item_start + first_req + i_row + 1)
     m_i = tl.full([], float("-inf"), tl.float32)
     l_i = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BD], tl.float32)
     if HAS_TEXT:
         text_lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
-        # FlashAttention gives +inf for a row without keys.
-        if (text_lse > float("-inf")) & (text_lse < float("inf")):
-            m_i = text_lse
-            l_i = tl.full([], 1.0, tl.float32)
-            p_text += i_row.to(tl.int64) * stride_tt + i_head * stride_th
-            acc = tl.load(p_text + o_d, mask=m_d, other=0).to(tl.float32)
-    begin = tl.load(p_item_start + first_req + i_row)
-    end = tl.load(p_item_start + first_req + i_row + 1)
+        p_text += i_row.to(tl.int64) * stride_tt + i_head * stride_th
+        text = tl.load(p_text + o_d, mask=m_d, other=0).to(tl.float32)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
+        m_i = tl.where(has_keys, text_lse, float("-inf"))
+        l_i = tl.where(has_keys, 1.0, 0.0)
+        acc = tl.where(has_keys, text, 0.0)
     if PDL:
         gdc_wait()  # only now are the partial results of the launch before this one complete
     for start in range(begin, end, BI):

@@ -37,14 +37,15 @@ PART_ROWS = 1024
 @triton.jit(
     do_not_specialize=[
         "first_req", "first_query", "stride_ls", "stride_lh", "stride_pr", "stride_ph", "window",
-        "splits",
+        "splits", "stride_xl",
     ]
 )  # fmt: skip
 def _merge_kernel(
     p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req, first_query,
-    p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_pr, stride_ph, window,
-    splits, p_plane, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
-    PLANES: tl.constexpr, BITS: tl.constexpr,
+    p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_pr, stride_ph, window, splits,
+    p_text, stride_xt, stride_xh, p_text_lse, stride_xl,
+    p_plane, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
+    HAS_TEXT: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """With PLANES, parts have a row for each query of the window, as in csrc_triton.merge."""
     i_head = tl.program_id(1)
@@ -63,7 +64,15 @@ def _merge_kernel(
     p_lses = p_part_lse + o_s * stride_ls + i_head * stride_ph + i_part * stride_pr
     lse = tl.load(p_lses, mask=m_s, other=float("-inf"))
     top = tl.max(lse, 0)
-    weight = tl.exp(lse - tl.where(top > float("-inf"), top, 0.0))
+    text_lse = tl.full([], float("-inf"), tl.float32)
+    if HAS_TEXT:
+        text_lse = tl.load(p_text_lse + i_head * stride_xl + row)
+        text = tl.load(p_text + row * stride_xt + i_head * stride_xh + o_d, mask=m_d, other=0)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        text_lse = tl.where(text_lse == float("inf"), float("-inf"), text_lse)
+        top = tl.maximum(top, text_lse)
+    safe = tl.where(top > float("-inf"), top, 0.0)
+    weight = tl.exp(lse - safe)
     p_row = p_part + (i_part * NUM_HEADS + i_head) * (PLANES + D) + o_s[:, None] * stride_os
     m = m_s[:, None] & m_d[None, :]
     part = tl.load(p_row + PLANES + o_d[None, :], mask=m, other=0).to(tl.float32)
@@ -72,8 +81,13 @@ def _merge_kernel(
         m_bit = m & (plane >= 0)[None, :]
         part += tl.load(p_row + plane[None, :], mask=m_bit, other=0) * (1 << b)
     total = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0)
+    if HAS_TEXT:
+        text_weight = tl.exp(text_lse - safe)
+        total += text_weight
+        out += tl.where(text_weight > 0, text.to(tl.float32) * text_weight, 0.0)
     some = tl.where(total > 0, total, 1.0)
-    out = tl.sum(part * weight[:, None], 0) / some
+    out /= some
     p_row = p_out + row * stride_ot + i_head * stride_oh
     tl.store(p_row + o_d, out.to(p_out.dtype.element_ty), mask=m_d)
     tl.store(p_lse + i_head * stride_lh + row,
@@ -101,13 +115,15 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     calibration: tuple[float, float] | None = None,
+    text: tuple[torch.Tensor, torch.Tensor] | None = None,
     splits: int | None = None,
     kernel: str = "auto",
 ) -> None:
     """Attention of many query tokens over the visual pages of their requests' contexts.
 
     Every query sees every visual token of its request's context (they all precede it), so there is
-    no mask.  The result is one part of the softmax: merge it with :func:`csrc_triton.merge_parts`.
+    no mask.  Without ``text`` the result is one part of the softmax, for
+    :func:`csrc_triton.merge_parts`.
 
     Parameters
     ----------
@@ -133,6 +149,9 @@ def prefill_attention(
         Factor on scores, usually ``D ** -0.5``.
     calibration
         ``(tau_min, tau_max)`` of the score calibration, for each query token and head, or None.
+    text
+        Output ``[num_tokens, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_tokens]``, -inf or +inf
+        for no keys) of all else that the queries see, to merge into ``out`` and ``lse``.
     splits
         Shares of a request's runs, at most 16; None to choose by the number of programs.
     kernel
@@ -154,7 +173,7 @@ def prefill_attention(
     if use_gluon and not serves_uniform(fmt):
         _prefill_planes(
             tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request, num_requests,
-            max_query_len, scale, calibration, splits,
+            max_query_len, scale, calibration, text, splits,
         )  # fmt: skip
         return
     rows = max_query_len * group
@@ -167,7 +186,8 @@ def prefill_attention(
     num_tokens = query.shape[0]
     part, part_lse, low, high = out, lse, lse, lse
     stride_os = stride_ls = 0
-    if splits > 1:
+    merges = splits > 1 or text is not None
+    if merges:
         part = query.new_empty((splits, num_tokens, num_heads, d), dtype=torch.float32)
         part_lse = query.new_empty((splits, num_heads, num_tokens), dtype=torch.float32)
         stride_os, stride_ls = part.stride(0), part_lse.stride(0)
@@ -206,12 +226,13 @@ def prefill_attention(
             stride_os=stride_os, stride_ls=stride_ls, splits=splits, num_warps=4,
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip
-    if splits > 1:
+    if merges:
         _merge_kernel[(num_requests * max_query_len, num_heads)](
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,
             out, out.stride(0), out.stride(1), lse, lse.stride(0), 1, part_lse.stride(1),
-            max_query_len, splits, fmt.value_plane, D=d, BD=bd, NUM_HEADS=num_heads, BS=MAX_SPLITS,
-            PLANES=0, BITS=0, num_warps=2,
+            max_query_len, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d, BD=bd,
+            NUM_HEADS=num_heads, BS=MAX_SPLITS, HAS_TEXT=text is not None, PLANES=0, BITS=0,
+            num_warps=2,
         )  # fmt: skip
 
 
@@ -228,6 +249,7 @@ def _prefill_planes(
     max_query_len: int,
     scale: float,
     calibration: tuple[float, float] | None,
+    text: tuple[torch.Tensor, torch.Tensor] | None,
     splits: int | None,
 ) -> None:
     """The same for components of any width; some queries of each request at a time."""
@@ -260,10 +282,18 @@ def _prefill_planes(
         _merge_kernel[(num_requests * window, num_heads)](
             part, part_lse, part.stride(0), part_lse.stride(0), query_start_loc, first_request,
             first_query, out, out.stride(0), out.stride(1), lse, lse.stride(0), num_heads, 1,
-            window, splits, fmt.value_plane, D=d, BD=triton.next_power_of_2(d),
-            NUM_HEADS=num_heads, BS=MAX_SPLITS, PLANES=planes, BITS=fmt.value_plane.shape[0],
-            num_warps=2,
+            window, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d,
+            BD=triton.next_power_of_2(d), NUM_HEADS=num_heads, BS=MAX_SPLITS,
+            HAS_TEXT=text is not None, PLANES=planes, BITS=fmt.value_plane.shape[0], num_warps=2,
         )  # fmt: skip
+
+
+def _text_arguments(
+    text: tuple[torch.Tensor, torch.Tensor] | None, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor | int, ...]:
+    """Arguments of the merge for the text part; stand-ins if there is none."""
+    x, x_lse = text or (out, lse)
+    return x, x.stride(0), x.stride(1), x_lse, x_lse.stride(0)
 
 
 def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:

@@ -17,6 +17,22 @@ def test_rows_with_visual_blocks():
     assert not rows.any_visual([])
 
 
+def test_where_the_last_visual_block_of_a_row_ends():
+    rows = BlockRows()
+    rows.append(3, ([1, tag(5, 0), tag(5, 1), 2],), overwrite=True)
+    assert (rows.visual_end(3), rows.visual_end(4)) == (3, 0)
+    rows.append(3, ([6, 7],), overwrite=False)
+    assert rows.visual_end(3) == 3
+    rows.append(3, ([8, tag(9, 0)],), overwrite=False)
+    assert rows.visual_end(3) == 8
+    rows.append(3, ([1] * 8, [1, 2, tag(3, 0), 4]), overwrite=True)  # groups count on their own
+    assert rows.visual_end(3) == 3
+    rows.append(3, ([], [tag(3, 1)]), overwrite=False)
+    assert rows.visual_end(3) == 5
+    rows.append(3, ([1],), overwrite=True)
+    assert rows.visual_end(3) == 0
+
+
 def test_rows_whose_text_lies_where_codes_were():
     rows = BlockRows()
     rows.append(0, ([tag(5, 0), tag(6, 0), 7],), overwrite=True)

@@ -160,8 +160,13 @@ class Server:
             3, impl.num_kv_heads, 16, 2 * impl.head_size, dtype=torch.bfloat16
         )
 
-    def step(self, new: list[int], context: list[int], *, fused: bool, captured: bool) -> None:
-        """Some requests' new tokens beside their cached ones; Q, K and V as one tensor or three."""
+    def step(
+        self, new: list[int], context: list[int], *, fused: bool, captured: bool, codes: bool
+    ) -> None:
+        """Some requests' new tokens beside their cached ones.
+
+        Q, K and V are one tensor if ``fused``; new tokens may be visual if ``codes``.
+        """
         n, tokens, impl = len(new), sum(new), self.layer.impl
         starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         lengths = torch.tensor(new, dtype=torch.int32) + torch.tensor(context, dtype=torch.int32)
@@ -183,7 +188,7 @@ class Server:
         query, key, value = torch.empty(shape, dtype=torch.bfloat16).split(heads, dim=1)
         if not fused:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        metadata = self.builder._build(common, False, visual=True)
+        metadata = self.builder._build(common, False, visual=True, codes=codes)
         metadata.captured = captured
         impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, common.slot_mapping)
         output = torch.empty(query.shape, dtype=torch.bfloat16)
@@ -241,7 +246,8 @@ def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
         server = Server(builder, layer, width)
         for new, context in ragged_steps(draw):
             captured = max(new) == 1 and draw.random() < 0.5
-            server.step(new, context, fused=draw.random() < 0.5, captured=captured)
+            fused, codes = draw.random() < 0.5, draw.random() < 0.5
+            server.step(new, context, fused=fused, captured=captured, codes=codes)
             assert keys == warm, (new, [name for name, _ in keys - warm])
     names = {name for name, _ in warm}
     assert {
@@ -273,7 +279,8 @@ def test_every_step_of_the_list_is_needed(cuda, keys, monkeypatch):
 def test_servers_of_text_compile_little(cuda, keys, monkeypatch):
     builder, layer = make_parts(cuda, monkeypatch, *CASES["1 bit"])
     warm_up(builder, {"layer": layer}, images=False)
-    assert len(keys) == 5  # tables, store, decode, merge in a graph and without
+    # Tables, store, decode; merge for few and for many requests, in a graph and without.
+    assert len(keys) == 7
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(1, 2048), (256, 64), (1024, 8192), (2, 3)])

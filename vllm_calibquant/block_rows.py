@@ -11,20 +11,27 @@ class BlockRows:
     """Formats of the blocks in the rows of a worker's block table, one row for each request."""
 
     def __init__(self) -> None:
-        self._visual: set[int] = set()
+        self._lengths: dict[int, list[int]] = {}
+        self._visual_ends: dict[int, int] = {}
         self._recycled: set[int] = set()
         self._code_pages: set[int] = set()
 
     def append(self, row: int, groups: Iterable[Sequence[int]], overwrite: bool) -> None:
         """Note that a row gets more tagged block ids, of each KV cache group, or a new request."""
         if overwrite:
-            self._visual.discard(row)
+            self._lengths.pop(row, None)
+            self._visual_ends.pop(row, None)
             self._recycled.discard(row)
-        for ids in groups:
+        lengths = self._lengths.setdefault(row, [])
+        for group, ids in enumerate(groups):
+            if group == len(lengths):
+                lengths.append(0)
             if not ids:
                 continue
+            lengths[group] += len(ids)
             if is_visual(max(ids)):
-                self._visual.add(row)
+                after = next(i for i, block in enumerate(reversed(ids)) if is_visual(block))
+                self._visual_ends[row] = max(self.visual_end(row), lengths[group] - after)
                 self._code_pages.update(page_of(i) for i in ids if is_visual(i))
             if self._code_pages and not self._code_pages.isdisjoint(ids):
                 self._code_pages.difference_update(ids)
@@ -32,7 +39,11 @@ class BlockRows:
 
     def any_visual(self, rows: Sequence[int]) -> bool:
         """Whether a request in one of these rows has a visual block."""
-        return bool(self._visual) and not self._visual.isdisjoint(rows)
+        return bool(self._visual_ends) and not self._visual_ends.keys().isdisjoint(rows)
+
+    def visual_end(self, row: int) -> int:
+        """Blocks of the request in a row up to its last visual one; 0 if it has none."""
+        return self._visual_ends.get(row, 0)
 
     def any_recycled(self, rows: Sequence[int]) -> bool:
         """Whether one of these rows has a text block in a page that held codes before.

@@ -228,14 +228,14 @@ def watch_layers(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
     forward, build = cuda.MixedCUDAImpl.forward, cuda.MixedCUDAMetadataBuilder._build
     batch: dict[str, Any] = {}
 
-    def watched_build(self, common, fast_build, visual, stock=False):
+    def watched_build(self, common, *args, **kwargs):
         batch.update(
             table=common.block_table_tensor.cpu(),
             starts=common.query_start_loc.cpu(),
             lengths=common.seq_lens.cpu(),
             slots=self.kv_cache_spec.slots,
         )
-        return build(self, common, fast_build, visual, stock)
+        return build(self, common, *args, **kwargs)
 
     def watched(self, layer, query, key, value, kv_cache, metadata, output, *args, **kwargs):
         result = forward(

@@ -7,14 +7,17 @@ A step is served in one of three ways:
   block table, our split kernel reads the visual pages, and a merge joins the two.  This is the way
   that CUDA graphs hold: where a batch has no visual page, our kernels find empty tables and the
   merge leaves FlashAttention's output as it is.
-* *mixed*: decodes as above; for the other requests the new tokens among themselves (from K and V in
-  hand, so that prefill is exact), the cached text and the cached visual pages are three parts.
+* *mixed*: decodes as above, and requests with more new tokens.  Where all new tokens are text, as
+  those of a question about a cached image are, one call of FlashAttention serves the text of all
+  requests.  Otherwise the new tokens among themselves (from K and V in hand, so that prefill is
+  exact), the cached text and the cached visual pages are three parts.
 """
 
 from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -81,27 +84,33 @@ class Prefills:
     num_requests: int
     tokens: slice
     """Their rows in the batch."""
+    max_query_len: int
+    """Most new tokens of one of them."""
     query_start_loc: torch.Tensor
     """int32 ``[num_requests + 1]``, counted from their first row."""
     batch_query_start_loc: torch.Tensor
     """int32 ``[num_reqs + 1]`` of the whole batch."""
-    has_context: bool
+    only_text: bool
+    """Whether all new tokens are text: FlashAttention serves them with the decodes."""
+    cached_text: bool
     """Whether any of them has cached tokens."""
+    cached_codes: bool
+    """Whether any of them may have cached visual tokens."""
 
 
 @dataclass
 class Step:
     """What the layers know of a step while they write its tokens; one for all layers."""
 
-    prefills: bool = True
-    """Whether a request has more than one new token: others cannot fill a visual page."""
+    codes: bool = True
+    """Whether a new token may be visual."""
     stock: bool = False
-    """Whether vLLM's own op can write it: no visual page, none that held codes, no graph."""
+    """Whether vLLM's own op can write it: text alone, in pages that never held codes, no graph."""
 
 
 @dataclass
 class MixedCUDAMetadata(FlashAttentionMetadata):
-    """vLLM's metadata of the step, or of its decodes over text blocks where pages hold codes."""
+    """vLLM's metadata of the step, or where pages hold codes, of its part that is text."""
 
     visual: bool = False
     """Whether a page of the batch may hold codes; False means vLLM's own path."""
@@ -178,63 +187,82 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         requests = common_attn_metadata.req_idx
         rows = [] if requests is None else requests.tolist()
         visual = BLOCK_ROWS.any_visual(rows)
-        stock = not (visual or BLOCK_ROWS.any_recycled(rows))
-        return self._build(common_attn_metadata, fast_build, visual, stock)
+        ends = [BLOCK_ROWS.visual_end(row) * BLOCK_SIZE for row in rows] if visual else []
+        codes = common_attn_metadata.max_query_len > 1 and _any_new(common_attn_metadata, ends)
+        stock = not (codes or BLOCK_ROWS.any_recycled(rows))
+        return self._build(common_attn_metadata, fast_build, visual, ends, codes, stock)
 
     def _build(
         self,
         common: CommonAttentionMetadata,
         fast_build: bool,
         visual: bool,
+        visual_ends: list[int] | None = None,
+        codes: bool = True,
         stock: bool = False,
     ) -> MixedCUDAMetadata:
-        self.step.prefills = common.max_query_len > 1
+        """Metadata of a step.
+
+        Parameters
+        ----------
+        common, fast_build
+            As for :meth:`build`.
+        visual
+            Whether a page of the batch may hold codes.
+        visual_ends
+            Tokens of each request up to its last visual one; None if nobody knows.
+        codes
+            Whether a new token may be visual.
+        stock
+            Whether vLLM's own op can write the new tokens.
+        """
+        prefills = common.max_query_len > 1
+        self.step.codes = codes and prefills  # a request with one new token has filled no page
         self.step.stock = stock
-        if self.step.prefills and not visual:
+        if prefills and not visual:
             if not stock:  # our store reads them
                 self._build_tables(common)
             return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         num_decodes, num_prefills, num_decode_tokens = self._build_tables(common)
-        tables = self.tables
-        # FlashAttention sees the decodes only, and of them the text only.
-        decodes = copy(common)  # dataclasses.replace takes several times as long
-        vars(decodes).update(
-            num_reqs=num_decodes,
-            num_actual_tokens=num_decode_tokens,
-            max_query_len=1,
-            query_start_loc=common.query_start_loc[: num_decodes + 1],
-            query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
-            block_table_tensor=tables.text_block_table[:num_decodes],
-            seq_lens=tables.text_lens[:num_decodes],
+        tables, only_text = self.tables, not codes
+        # What FlashAttention sees: the text of the decodes, or of all requests.
+        num_reqs = common.num_reqs if only_text else num_decodes
+        text = copy(common)  # dataclasses.replace takes several times as long
+        vars(text).update(
+            num_reqs=num_reqs,
+            num_actual_tokens=common.num_actual_tokens if only_text else num_decode_tokens,
+            max_query_len=common.max_query_len if only_text else 1,
+            query_start_loc=common.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=common.query_start_loc_cpu[: num_reqs + 1],
+            block_table_tensor=tables.text_block_table[:num_reqs],
+            seq_lens=tables.text_lens[:num_reqs],
         )
-        if num_decodes:
-            metadata = MixedCUDAMetadata(**vars(super().build(0, decodes, fast_build)))
+        if num_reqs:
+            metadata = MixedCUDAMetadata(**vars(super().build(0, text, fast_build)))
         else:
             metadata = MixedCUDAMetadata(
                 num_actual_tokens=0,
                 max_query_len=1,
-                query_start_loc=decodes.query_start_loc,
+                query_start_loc=text.query_start_loc,
                 max_seq_len=common.max_seq_len,
-                seq_lens=decodes.seq_lens,
-                block_table=decodes.block_table_tensor,
+                seq_lens=text.seq_lens,
+                block_table=text.block_table_tensor,
                 slot_mapping=common.slot_mapping,
             )
         metadata.visual = visual
         metadata.num_decodes = num_decodes
         if num_prefills:
-            starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1]
-            lengths = starts[1:] - starts[:-1]
-            # Exact for prefills: only decodes are scheduled ahead of their sampled tokens.
-            totals = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs]
-            metadata.max_query_len = common.max_query_len
             metadata.prefills = Prefills(
                 first_request=num_decodes,
                 num_requests=num_prefills,
                 tokens=slice(num_decode_tokens, common.num_actual_tokens),
+                max_query_len=common.max_query_len,
                 query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1]
                 - num_decode_tokens,
                 batch_query_start_loc=common.query_start_loc,
-                has_context=bool((totals > lengths).any()),
+                only_text=only_text,
+                cached_text=max(_contexts(common)[num_decodes:]) > 0,
+                cached_codes=visual_ends is None or max(visual_ends[num_decodes:]) > 0,
             )
         return metadata
 
@@ -304,7 +332,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         n = slot_mapping.shape[0]
         key, value = key[:n], value[:n]
         basis = self.codec.basis
-        if basis is not None and self.step.prefills:
+        if basis is not None and self.step.codes:
             # The kernel codes what it is given: visual rows in the basis, text rows as they are.
             coded = is_visual(slot_mapping // BLOCK_SIZE)[:, None, None]
             key = torch.where(coded, basis.key.encode(key), key)
@@ -344,44 +372,61 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        if attn_metadata.num_decodes:
-            self._decode(query, kv_cache, attn_metadata, output)
+        text_stream = None
+        if attn_metadata.captured:
+            # In a graph the text is a branch beside the codes; launched one by one, that would
+            # cost the host more than the device gains.
+            text_stream = self.text_stream
+            text_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(text_stream):
+            text = self._text(query, kv_cache, attn_metadata)
+        n = attn_metadata.num_decodes
+        if n:
+            of_decodes = text[0][:n], text[1][:, :n]
+            self._decode(query[:n], kv_cache, of_decodes, text_stream, output[:n])
         if attn_metadata.prefills is not None:
-            self._prefill(query, key, value, kv_cache, attn_metadata, output)
+            self._prefill(query, key, value, kv_cache, attn_metadata, text, output)
         return output
+
+    def _text(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: MixedCUDAMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over text blocks, this step's own among them, of the requests of the metadata.
+
+        Returns
+        -------
+        tuple
+            Output ``[tokens, Hq, D]`` and log-sum-exp, float32 ``[Hq, tokens]``.
+        """
+        if metadata.num_actual_tokens == 0:
+            return query[:0], query.new_empty((self.num_heads, 0), dtype=torch.float32)
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return flash_attn_varlen_func(
+            q=query[: metadata.num_actual_tokens],
+            k=key_cache,
+            v=value_cache,
+            cu_seqlens_q=metadata.query_start_loc,
+            max_seqlen_q=metadata.max_query_len,
+            seqused_k=metadata.seq_lens,
+            max_seqlen_k=metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=metadata.block_table,
+            scheduler_metadata=metadata.scheduler_metadata,
+            num_splits=metadata.max_num_splits,
+            return_softmax_lse=True,
+            fa_version=self.vllm_flash_attn_version,
+        )
 
     def _decode(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: MixedCUDAMetadata,
+        text: tuple[torch.Tensor, torch.Tensor],
+        text_stream: torch.cuda.Stream | None,
         output: torch.Tensor,
     ) -> None:
-        n = metadata.num_actual_tokens
-        query, output = query[:n], output[:n]
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        # In a graph the text is a branch beside the codes; launched one by one, that would cost
-        # the host more than the device gains.
-        text_stream = self.text_stream if metadata.captured else None
-        if text_stream is not None:
-            text_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(text_stream):
-            text, text_lse = flash_attn_varlen_func(
-                q=query,
-                k=key_cache,
-                v=value_cache,
-                cu_seqlens_q=metadata.query_start_loc,
-                max_seqlen_q=1,
-                seqused_k=metadata.seq_lens,
-                max_seqlen_k=metadata.max_seq_len,
-                softmax_scale=self.scale,
-                causal=True,
-                block_table=metadata.block_table,
-                scheduler_metadata=metadata.scheduler_metadata,
-                num_splits=metadata.max_num_splits,
-                return_softmax_lse=True,
-                fa_version=self.vllm_flash_attn_version,
-            )
+        """Attention of one new token of each request, of which the text is done."""
         basis = self.codec.basis
         if basis is None:
             kernels.decode_attention(
@@ -393,13 +438,13 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 output,
                 scale=self.scale,
                 calibration=self.calibration,
-                text=(text, text_lse),
+                text=text,
                 text_stream=text_stream,
             )
             return
         turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
         codes = torch.empty_like(query, dtype=torch.float32)
-        lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
+        lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
         kernels.decode_attention(
             self.tables,
             self.scratch,
@@ -419,7 +464,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             shift,
             basis.value.inverse,
             basis.value.mean,
-            (text, text_lse),
+            text,
             scale=self.scale,
         )
 
@@ -430,15 +475,49 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: MixedCUDAMetadata,
+        text: tuple[torch.Tensor, torch.Tensor],
         output: torch.Tensor,
     ) -> None:
+        """Attention of the requests with more than one new token."""
+        prefills, basis = metadata.prefills, self.codec.basis
+        assert prefills is not None
+        rows = prefills.tokens
+        if not prefills.only_text:
+            parts = self._own_and_text(query, key, value, kv_cache, metadata)
+        elif prefills.cached_codes and basis is None:
+            self._codes(query, kv_cache, prefills, output, text)
+            return
+        else:
+            parts = [(text[0][rows], text[1][:, rows])]
+        if prefills.cached_codes:
+            turned, shift = (query, None) if basis is None else basis.query(query[: rows.stop])
+            codes = torch.empty_like(query[: rows.stop])
+            lse = self._codes(turned, kv_cache, prefills, codes)[:, rows]
+            codes = codes[rows]
+            if basis is not None and shift is not None:
+                codes, lse = basis.output(codes), lse + self.scale * shift.T[:, rows]
+            parts.append((codes, lse))
+        if len(parts) == 1:
+            output[rows].copy_(parts[0][0])
+        else:
+            kernels.merge_parts(output[rows], parts)
+
+    def _own_and_text(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: MixedCUDAMetadata,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Attention over the step's own tokens, which may be visual, and over cached text."""
         prefills = metadata.prefills
         assert prefills is not None
         rows = prefills.tokens
         common = {
             "q": query[rows],
             "cu_seqlens_q": prefills.query_start_loc,
-            "max_seqlen_q": metadata.max_query_len,
+            "max_seqlen_q": prefills.max_query_len,
             "softmax_scale": self.scale,
             "return_softmax_lse": True,
             "fa_version": self.vllm_flash_attn_version,
@@ -447,16 +526,15 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             k=key[rows],
             v=value[rows],
             cu_seqlens_k=prefills.query_start_loc,
-            max_seqlen_k=metadata.max_query_len,
+            max_seqlen_k=prefills.max_query_len,
             causal=True,
             **common,
         )
-        if not prefills.has_context:
-            output[rows].copy_(own[0])
-            return
+        if not prefills.cached_text:
+            return [own]
         requests = slice(prefills.first_request, prefills.first_request + prefills.num_requests)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        text = flash_attn_varlen_func(
+        cached = flash_attn_varlen_func(
             k=key_cache,
             v=value_cache,
             seqused_k=self.tables.context_text_lens[requests],
@@ -465,29 +543,53 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             causal=False,
             **common,
         )
-        n = rows.stop
-        basis = self.codec.basis
-        turned, shift = (query[:n], None) if basis is None else basis.query(query[:n])
-        codes = torch.empty_like(query[:n])
-        codes_lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
+        return [own, cached]
+
+    def _codes(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        prefills: Prefills,
+        out: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of the same requests over cached visual tokens, and text that is done.
+
+        Writes their rows of ``out`` and returns the log-sum-exp, float32 ``[Hq, tokens]``.
+        """
+        n = prefills.tokens.stop
+        lse = query.new_empty((self.num_heads, n), dtype=torch.float32)
         kernels.prefill_attention(
             self.tables,
             self.page_format,
-            turned,
+            query[:n],
             kv_cache,
             prefills.batch_query_start_loc,
-            codes,
-            codes_lse,
+            out[:n],
+            lse,
             first_request=prefills.first_request,
             num_requests=prefills.num_requests,
-            max_query_len=metadata.max_query_len,
+            max_query_len=prefills.max_query_len,
             scale=self.scale,
             calibration=self.calibration,
+            text=text,
         )
-        seen, seen_lse = codes[rows], codes_lse[:, rows]
-        if basis is not None and shift is not None:
-            seen, seen_lse = basis.output(seen), seen_lse + self.scale * shift.T[:, rows]
-        kernels.merge_parts(output[rows], [own, text, (seen, seen_lse)])
+        return lse
+
+
+def _contexts(common: CommonAttentionMetadata) -> list[int]:
+    """Cached tokens of each request, exact except for decodes, which are scheduled ahead."""
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+    totals = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+    new = (end - begin for begin, end in pairwise(starts))
+    return [total - n for total, n in zip(totals, new, strict=True)]
+
+
+def _any_new(common: CommonAttentionMetadata, visual_ends: list[int]) -> bool:
+    """Whether a request has a visual token that is not cached yet."""
+    # The batch may be padded with more requests.
+    pairs = zip(visual_ends, _contexts(common), strict=False) if visual_ends else ()
+    return any(end > cached for end, cached in pairs)
 
 
 def _weights(part: str, estimator: RangeEstimator) -> dict[str, Any]:

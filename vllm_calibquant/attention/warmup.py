@@ -36,6 +36,8 @@ class StepShape(NamedTuple):
     """New tokens of each other request."""
     captured: bool = False
     """Whether a CUDA graph holds it."""
+    only_text: bool = False
+    """Whether all new tokens are text, and cached ones may be visual."""
 
 
 def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
@@ -48,17 +50,22 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
     """
     most = max(min(max_num_reqs, max_num_tokens // 2), 1)  # with more than one new token each
     few, tokens = min(most, FEW), min(MANY, max_num_tokens)
+    decodes = min(max_num_reqs, max_num_tokens)
     shapes = [
         StepShape(1),
         StepShape(1, captured=True),
+        # Of many requests, few items are merged for each.
+        StepShape(decodes),
+        StepShape(decodes, captured=True),
         # Programs for one request are few, so its pages are shared among several.
-        StepShape(0, (2,)),
+        StepShape(0, (2,), only_text=True),
         StepShape(0, (min(32, tokens),)),
         # With many requests they are not.
         StepShape(0, (2,) * most),
         StepShape(0, (tokens - 2 * (few - 1), *(2,) * (few - 1))),
     ]
-    return [s for s in shapes if sum(s.prefills) <= max_num_tokens]
+    shapes = [s for s in shapes if sum(s.prefills) <= max_num_tokens]
+    return list(dict.fromkeys(shapes))
 
 
 def warm_up(
@@ -120,7 +127,7 @@ def serve_empty_step(
     ).split(heads, dim=1)
     pages = (1, impl.num_kv_heads, BLOCK_SIZE, 2 * impl.head_size)
     kv_cache = torch.zeros(pages, dtype=dtype, device=device)
-    metadata = builder.build_for_cudagraph_capture(common)
+    metadata = builder._build(common, fast_build=False, visual=True, codes=not shape.only_text)
     metadata.captured = shape.captured
     for layer in layers:
         impl = layer.impl

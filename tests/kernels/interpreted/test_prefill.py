@@ -45,16 +45,20 @@ def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None, k
                  starts.to(device), torch.full((43,), -1, dtype=torch.int64, device=device),
                  num_decodes=1)  # fmt: skip
     query = (2 * torch.randn(43, group, head_size, generator=pool.generator)).to(fmt.page.dtype)
-    out = torch.full(
-        query.shape, float("nan"), device=device
-    )  # float32: the interpreter truncates to bfloat16
-    lse = torch.full((group, 43), float("nan"), device=device)
-    prefill_attention(tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
-                      starts.to(device), out, lse, first_request=1,
-                      num_requests=3, max_query_len=19, scale=head_size**-0.5,
-                      calibration=calibration, splits=splits, kernel=kernel)  # fmt: skip
-    out, lse = out.cpu(), lse.cpu()
-    assert out[0].isnan().all()  # a decode request: not ours
+
+    def attend(text=None):
+        # float32: the interpreter truncates to bfloat16
+        out = torch.full(query.shape, float("nan"), device=device)
+        lse = torch.full((group, 43), float("nan"), device=device)
+        prefill_attention(
+            tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
+            starts.to(device), out, lse, first_request=1, num_requests=3, max_query_len=19,
+            scale=head_size**-0.5, calibration=calibration, text=text, splits=splits, kernel=kernel,
+        )  # fmt: skip
+        assert out[0].isnan().all()  # a decode request: not ours
+        return out.cpu(), lse.cpu()
+
+    out, lse = attend()
     for r in (1, 2, 3):
         rows = slice(int(starts[r]), int(starts[r + 1]))
         context = lens[r] - query_lens[r]
@@ -70,6 +74,14 @@ def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None, k
             assert relative_error(out[rows], want) < 1e-2
             error = (lse[:, rows] - want_lse).abs() / want_lse.abs().clamp(min=1)
             assert error.max() < 2e-2
+    text = torch.randn(query.shape, generator=pool.generator)
+    text_lse = 3 * torch.randn(lse.shape, generator=pool.generator)
+    for rows, nothing in ((slice(3, 8), float("inf")), (slice(22, 24), float("-inf"))):
+        text[rows], text_lse[:, rows] = float("nan"), nothing  # no keys
+    want, want_lse = naive_merge([(out[1:], lse[:, 1:]), (text[1:], text_lse[:, 1:])])
+    both, both_lse = attend((text.to(device), text_lse.to(device)))
+    torch.testing.assert_close(both[1:].double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both_lse[:, 1:].double(), want_lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 3])

@@ -12,9 +12,8 @@ sub-slot).  For each request the kernel writes
 For the store it lists this step's visual pages, the number of tokens that each gets, and the row of
 the step's K and V of every one of them.  The program that finishes last shares the visual runs of
 the decode requests among the programs of the split decode kernel, as many as the GPU runs at once:
-every program gets as many *half runs* (a run, cut at the middle of its page) in a row, give or take
-one, and an *item* is what one program has of one request.  Where programs have many, no page is
-cut, because a cut page is read twice.
+every program gets as many *half runs* (a run, cut at the middle of its page) in a row, and an
+*item* is what one program has of one request.
 
 Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the
 block table past a request's length hold stale ids; nothing past ``seq_lens`` is looked at.
@@ -36,8 +35,6 @@ _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
 PROGRAMS_PER_SM = 12
 """Programs of the decode kernel for each multiprocessor: what its registers hold at once."""
-
-_WHOLE_RUNS = tl.constexpr(4)  # runs of a program, on average, from which on no page is cut
 
 
 @dataclass
@@ -70,10 +67,9 @@ class StepTables:
         int32 ``[target_programs + 1]``: items of program p are ``program_item[p] ..
         program_item[p + 1] - 1``.
     plan : torch.Tensor
-        int32 ``[6]``: number of programs that have items, half runs that shares are counted in (1,
-        or 2 where no page is cut), number of this step's visual pages, the ticket counter that
-        finds the program that ends last (0 between steps), number of items, and number of runs of
-        all decode requests.
+        int32 ``[6]``: number of programs that have items, half runs of a program, number of this
+        step's visual pages, the ticket counter that finds the program that ends last (0 between
+        steps), number of items, and number of runs of all decode requests.
     page_ids, page_tokens : torch.Tensor
         int32 ``[max_pages]``: page and number of tokens of each visual page written in this step.
     page_rows : torch.Tensor
@@ -311,11 +307,7 @@ def _tables_kernel(
             total += tl.sum(
                 tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0
             )
-        # Program p gets the units from p * num_units // num_programs on.
-        unit = tl.where(total >= _WHOLE_RUNS * target_programs, 2, 1)
-        num_units = 2 * total // unit
-        num_programs = tl.minimum(num_units, target_programs)
-        divisor = tl.maximum(num_units, 1)
+        share = tl.maximum((2 * total + target_programs - 1) // target_programs, 1)
         num_items = 0
         halves = 0  # half runs of the requests so far
         for start in range(0, num_reqs + 1, BC):
@@ -323,16 +315,15 @@ def _tables_kernel(
             runs = tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg")
             end = halves + 2 * tl.cumsum(runs, 0)
             begin = end - 2 * runs
-            first_program = ((begin // unit + 1) * num_programs - 1) // divisor
-            last_program = (end // unit * num_programs - 1) // divisor
-            items = tl.where(runs > 0, last_program - first_program + 1, 0)
+            items = tl.where(runs > 0, (end - 1) // share - begin // share + 1, 0)
             first = num_items + tl.cumsum(items, 0) - items
             tl.store(p_item_start + o_r, first, mask=o_r <= num_reqs)
             tl.store(p_half_start + o_r, begin, mask=o_r <= num_reqs)
             num_items += tl.sum(items, 0)
             halves += 2 * tl.sum(runs, 0)
+        num_programs = (2 * total + share - 1) // share
         tl.store(p_plan, num_programs)
-        tl.store(p_plan + 1, unit)
+        tl.store(p_plan + 1, share)
         tl.store(p_plan + 3, 0)
         tl.store(p_plan + 4, num_items)
         tl.store(p_plan + 5, total)
@@ -351,18 +342,16 @@ def _tables_kernel(
             first = tl.load(p_item_start + low, mask=m_i, other=0)
             runs = tl.load(p_num_runs + low, mask=m_i, other=0, cache_modifier=".cg")
             origin = tl.load(p_half_start + low, mask=m_i, other=0)
-            program = ((origin // unit + 1) * num_programs - 1) // divisor + o_i - first
-            own_begin = unit * (program * num_units // tl.maximum(num_programs, 1))
-            own_end = unit * ((program + 1) * num_units // tl.maximum(num_programs, 1))
-            begin = tl.maximum(own_begin, origin)
-            end = tl.minimum(own_end, origin + 2 * runs)
+            program = origin // share + o_i - first
+            begin = tl.maximum(program * share, origin)
+            end = tl.minimum((program + 1) * share, origin + 2 * runs)
             p_run = p_runs + low.to(tl.int64) * stride_runs + (begin - origin) // 2 * 2
             tl.store(p_items + 4 * o_i, low, mask=m_i)
             tl.store(p_items + 4 * o_i + 1, begin - origin, mask=m_i)
             tl.store(p_items + 4 * o_i + 2, end - origin, mask=m_i)
             first_id = tl.load(p_run, mask=m_i, other=0, cache_modifier=".cg")
             tl.store(p_items + 4 * o_i + 3, first_id, mask=m_i)
-            tl.store(p_program_item + program, o_i, mask=m_i & (begin == own_begin))
+            tl.store(p_program_item + program, o_i, mask=m_i & (begin == program * share))
 
 
 def build_tables(

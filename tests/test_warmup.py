@@ -20,6 +20,7 @@ from vllm.v1.attention.backends import fa_utils
 import csrc_triton
 from csrc_triton.tables import DeviceFormat
 from tests.test_profile import make_profile
+from vllm_calibquant.attention.reference import Calibration
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.attention.warmup import serve_empty_step, step_shapes, warm_up
 from vllm_calibquant.config import load_config
@@ -80,7 +81,10 @@ def cuda(monkeypatch):
     return module
 
 
-def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, settings: dict):
+def make_parts(
+    cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, settings: dict,
+    dtype: torch.dtype = torch.bfloat16, num_sms: int = 132,
+):  # fmt: skip
     """A metadata builder and a layer, of which only what needs vLLM's configuration is made up."""
     config = load_config("calibquant1", {"calibquant": settings})
     head_size = codec.page_format.head_size
@@ -91,7 +95,7 @@ def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, setti
         slots=codec.page_format.slots,
         num_kv_heads=kv_heads,
         device="cpu",
-        num_sms=132,
+        num_sms=num_sms,
     )
     step = cuda.Step()
     builder = object.__new__(cuda.MixedCUDAMetadataBuilder)
@@ -99,7 +103,7 @@ def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, setti
         tables=tables,
         step=step,
         device=torch.device("cpu"),
-        kv_cache_spec=SimpleNamespace(dtype=torch.bfloat16),
+        kv_cache_spec=SimpleNamespace(dtype=dtype),
         cache_config=SimpleNamespace(cache_dtype="calibquant1"),
         vllm_config=SimpleNamespace(
             scheduler_config=SimpleNamespace(
@@ -138,7 +142,7 @@ def make_parts(cuda, monkeypatch, codec: Codec, heads: int, kv_heads: int, setti
         num_kv_heads=kv_heads,
         head_size=head_size,
         scale=head_size**-0.5,
-        calibration=(config.tau_min, config.tau_max) if config.calibrated else None,
+        calibration=Calibration(config.tau_min, config.tau_max) if config.calibrated else None,
         quantile=config.quantile if config.estimator == "quantile" else None,
         vllm_flash_attn_version=3,
     )
@@ -209,10 +213,10 @@ def ragged_steps(draw: random.Random):
             yield new, [draw.choice((1, 16, 40, 3000)) for _ in new]
 
 
-def of_profile(head_size: int) -> Codec:
+def of_profile(head_size: int, dtype: torch.dtype = torch.bfloat16) -> Codec:
     widths = ((2,) * (head_size // 2) + (1,) * (head_size // 2),) * 2
     profile = make_profile(ModelIdentity("llama", 1, 2, head_size, 64, "0" * 16), [widths])
-    return Codec.of_profile(profile, 0, slice(0, 2), torch.bfloat16)
+    return Codec.of_profile(profile, 0, slice(0, 2), dtype)
 
 
 CASES = {

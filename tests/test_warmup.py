@@ -137,7 +137,7 @@ def make_parts(
             tables, heads, head_size, codec.page_format.value_planes
         ),
         step=step,
-        text_stream=torch.cuda.current_stream(),
+        codes_stream=torch.cuda.current_stream(),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=head_size,
@@ -165,11 +165,12 @@ class Server:
         )
 
     def step(
-        self, new: list[int], context: list[int], *, fused: bool, captured: bool, codes: bool
+        self, new: list[int], context: list[int], visual: list[int], *, fused: bool, captured: bool
     ) -> None:
         """Some requests' new tokens beside their cached ones.
 
-        Q, K and V are one tensor if ``fused``; new tokens may be visual if ``codes``.
+        The last visual token of a request is its number ``visual``.  Q, K and V are one tensor if
+        ``fused``.
         """
         n, tokens, impl = len(new), sum(new), self.layer.impl
         starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -192,9 +193,9 @@ class Server:
         query, key, value = torch.empty(shape, dtype=torch.bfloat16).split(heads, dim=1)
         if not fused:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        metadata = self.builder._build(common, False, visual=True, codes=codes)
+        codes = any(end > cached for end, cached in zip(visual, context, strict=True))
+        metadata = self.builder._build(common, False, True, visual, codes)
         metadata.captured = captured
-        impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, common.slot_mapping)
         output = torch.empty(query.shape, dtype=torch.bfloat16)
         impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output)
 
@@ -210,7 +211,7 @@ def ragged_steps(draw: random.Random):
                 new.append(tokens)
                 room -= tokens
         if new:
-            yield new, [draw.choice((1, 16, 40, 3000)) for _ in new]
+            yield new, [draw.choice((0, 1, 16, 40, 3000)) if n > 1 else 40 for n in new]
 
 
 def of_profile(head_size: int, dtype: torch.dtype = torch.bfloat16) -> Codec:
@@ -250,8 +251,12 @@ def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
         server = Server(builder, layer, width)
         for new, context in ragged_steps(draw):
             captured = max(new) == 1 and draw.random() < 0.5
-            fused, codes = draw.random() < 0.5, draw.random() < 0.5
-            server.step(new, context, fused=fused, captured=captured, codes=codes)
+            codes = draw.random() < 0.5  # in some request, a new one
+            visual = [
+                draw.choice((0, old, old + n if codes and n > 1 else old))
+                for n, old in zip(new, context, strict=True)
+            ]
+            server.step(new, context, visual, fused=draw.random() < 0.5, captured=captured)
             assert keys == warm, (new, [name for name, _ in keys - warm])
     names = {name for name, _ in warm}
     assert {

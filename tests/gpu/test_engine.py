@@ -23,7 +23,7 @@ from tests.serving.engine import Answer, Engine, distance
 from tests.tinyvlm.dataset import examples
 from tests.tinyvlm.profiles import profile_path
 from tests.tinyvlm.unpack import model_path
-from vllm_calibquant.block_rows import BLOCK_ROWS
+from vllm_calibquant.block_rows import BlockRows
 
 pytestmark = pytest.mark.gpu
 
@@ -106,7 +106,10 @@ def test_wide_codes_answer_as_16_bits_do(answers):
 
 
 @pytest.mark.parametrize("settings", [EAGER, GRAPHS], ids=["eager", "graphs"])
-def test_text_where_codes_were_is_that_of_stock(settings):
+def test_text_where_codes_were_is_that_of_stock(settings, monkeypatch):
+    rows = BlockRows()  # without the pages of other engines in this process
+    monkeypatch.setattr("vllm_calibquant.compat.BLOCK_ROWS", rows)
+    monkeypatch.setattr("vllm_calibquant.attention.cuda.BLOCK_ROWS", rows)
     settings = {**settings, "max_model_len": 1024}
     questions = list(examples("test", 9, 4))
     texts = [f"{i} {text}" for i in range(2) for text in TEXTS]
@@ -116,13 +119,13 @@ def test_text_where_codes_were_is_that_of_stock(settings):
         for question in questions:
             engine.ask(engine.prompt(question.question, question.image))
         # Codes are any bytes: these read as NaN.
-        old = BLOCK_ROWS._code_pages.copy()
+        old = rows._code_pages.copy()
         assert len(old) > 30
         for cache in engine.caches:
             cache.view(torch.uint8)[sorted(old)] = 0xFF
         engine.forget()
         ours = engine.ask(*map(engine.prompt, texts), max_tokens=48, ignore_eos=True)
-        assert len(BLOCK_ROWS._code_pages) < len(old) - 10
+        assert len(rows._code_pages) < len(old) - 10
     assert [a.said for a in ours] == [a.said for a in stock]
 
 

@@ -116,14 +116,21 @@ COLUMNS = {
     "16k visual tokens, 20 GB, tokens/s": figure(
         "long-context", "decode_tokens_per_s", budget_gb=20
     ),
-    "chats: turns/s": figure("image-chats", "turns_per_s", working_set=6),
-    "chats: hit rate": figure("image-chats", "hit_rate", working_set=6),
-    "chats: first token, ms": figure("image-chats", "first_token_ms_median", working_set=6),
     "longest video in 0.5 GB, visual tokens": figure(
         "longest-video", "most_visual_tokens", layout="one span"
     ),
     "the same in frames of 256": figure("longest-video", "most_visual_tokens", layout="frames"),
 }
+CHAT_COLUMNS = {
+    f"{times}x: {label}": figure("image-chats", name, working_set=times)
+    for times in (1, 6, 20)
+    for label, name in (
+        ("turns/s", "turns_per_s"),
+        ("first token, ms", "first_token_ms_median"),
+        ("hit rate", "hit_rate"),
+    )
+}
+"""By working set, in what bf16 pages hold."""
 HTTP_COLUMNS = {
     "start, s": figure("http", "seconds", what="start"),
     **{
@@ -207,6 +214,7 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "accuracy with profiles": accuracy_report.profiles_region,
     "serving goals": lambda folder: goals_region(load_runs(folder)),
     "serving": lambda folder: dtypes_region(load_runs(folder), COLUMNS),
+    "serving chats": lambda folder: dtypes_region(load_runs(folder), CHAT_COLUMNS),
     "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),
     "serving crossings": lambda folder: crossing_region(load_runs(folder)),
 }

@@ -260,15 +260,37 @@ def test_search_keeps_what_helps(designer: Designer) -> None:
 def test_a_search_goes_on(tmp_path: Path) -> None:
     out, task = tmp_path / "p", {"bits": 1.0}
     state = State(out, task)
-    assert (state.answers, state.scores) == (None, {})
+    assert (state.answers, state.scores) == ([], {})
     state.keep({"answers": [["a", 300], ["b", 310]]})
+    state.keep({"answers": [["c", 300]]})
     state.keep({"choice": Choice().key, "score": asdict(Score(0.5, 0.9, 0.8))})
     again = State(out, task)
-    assert again.answers == [Answer("a", 300), Answer("b", 310)]
+    assert again.answers == [Answer("a", 300), Answer("b", 310), Answer("c", 300)]
     assert again.scores == {Choice().key: Score(0.5, 0.9, 0.8)}
-    assert State(out, {"bits": 2.0}).answers is None  # another task begins anew
+    assert State(out, {"bits": 2.0}).answers == []  # another task begins anew
     State(out, task).remove()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_record_cut_short_is_written_again(tmp_path: Path, cut: int) -> None:
+    """Whatever a kill leaves of the last line: even all of it but the line feed."""
+    out, task, choices = tmp_path / "p", {"bits": 1.0}, [Choice(), Choice(tau=0.5)]
+    scores = {choice.key: Score(0.5, 0.9, 0.8) for choice in choices}
+    state = State(out, task)
+    for key, score in scores.items():
+        state.keep({"choice": key, "score": asdict(score)})
+    state.log.write_bytes(state.log.read_bytes()[:-cut])
+    again = State(out, task)
+    assert list(again.scores) == [choices[0].key]
+    again.keep({"choice": choices[1].key, "score": asdict(scores[choices[1].key])})
+    assert State(out, task).scores == scores
+    lines = again.log.read_text().splitlines()
+    again.log.write_text("\n".join([lines[0], lines[1][:-cut], lines[2], ""]))
+    with pytest.raises(json.JSONDecodeError):  # in the middle it is no kill
+        State(out, task)
+    again.log.write_text(lines[0][:-cut])
+    assert State(out, task).scores == {}
 
 
 # A real vLLM.
@@ -349,6 +371,52 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
     for token, logprob in served.logprobs[0].items():
         assert logprobs[token].item() == pytest.approx(logprob, abs=1e-3)
     assert (logprobs - exact).abs().max() > 1e-2
+
+
+def test_an_interrupted_command_goes_on(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Ended in its second score, with half a record in its log, it repeats nothing."""
+    out = tmp_path / "profile.safetensors"
+    llm = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
+    command = ["calibrate", str(checkpoint), "--data", str(data), "--bits", "1.25"]
+    command += ["--max-tokens", "5", "--trials", "2", "--out", str(out), "--llm", json.dumps(llm)]
+    answers, score = Probe.answers, Probe.score
+    asked: list[int] = []
+    scored: list[float] = []
+
+    def count_answers(probe: Probe, prompts: list) -> list[Answer]:
+        asked.append(len(prompts))
+        return answers(probe, prompts)
+
+    def count_scores(probe: Probe, *args: object) -> Score:
+        if len(scored) == 1 and len(asked) == 2:
+            raise KeyboardInterrupt
+        found = score(probe, *args)
+        scored.append(found.kl)
+        return found
+
+    monkeypatch.setattr(Probe, "answers", count_answers)
+    monkeypatch.setattr(Probe, "score", count_scores)
+    monkeypatch.setattr("vllm_calibquant.calibrate.search.BATCH", 2)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert (asked, len(scored)) == ([2, 1], 1)
+    (log,) = tmp_path.iterdir()
+    assert log.name == f"{out.name}.search.jsonl"
+    assert [*map(list, map(json.loads, log.open()))] == [
+        ["task"], ["answers"], ["answers"], ["choice", "score"]
+    ]  # fmt: skip
+    with log.open("a") as file:
+        file.write('{"choice": "{')
+    asked.append(0)  # from here on scores are not interrupted
+    main(command)
+    assert "held out from the statistics" in capsys.readouterr().out
+    assert (asked, len(scored)) == ([2, 1, 0], 3)
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    notes = load_profile(out).notes
+    assert notes["steps"][0][1] == scored[0]  # as the first run had it
+    assert notes["score"]["kl"] in scored
 
 
 def test_refusals_of_the_command(tmp_path: Path) -> None:

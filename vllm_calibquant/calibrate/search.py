@@ -10,6 +10,7 @@ made anew with the moments of all.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
-from vllm_calibquant.calibrate.probe import BLOCK_SIZE, Answer, Probe, Reference, Score
+from vllm_calibquant.calibrate.probe import BATCH, BLOCK_SIZE, Answer, Probe, Reference, Score
 from vllm_calibquant.calibrate.prompts import SYNTHETIC, Prompt, load_prompts
 from vllm_calibquant.config import ConfigError
 from vllm_calibquant.format import MAX_SLOTS, PLANE_MULTIPLE, PageFormat
@@ -208,25 +209,36 @@ def _place_pairs(worth: torch.Tensor, planes: int, choice: Choice) -> tuple[tupl
 class State:
     """What an interrupted search leaves beside its output, and takes up again.
 
-    A log with a line for the task, for the answers and for every score; moments are soon found
-    anew.
+    A log with a line for the task, for each batch of answers and for every score; moments are soon
+    found anew.
     """
 
     def __init__(self, out: Path, task: Mapping[str, Any]) -> None:
         self.log = out.with_name(out.name + ".search.jsonl")
-        self.answers: list[Answer] | None = None
+        self.answers: list[Answer] = []
+        """Of the first prompts, as many as were answered."""
         self.scores: dict[str, Score] = {}
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
-        if lines and json.loads(lines[0]) == {"task": task}:
-            for line in lines[1:]:
-                self._take(json.loads(line))
+        records = self._records()
+        if records and records[0] == {"task": task}:
+            for record in records[1:]:
+                self._take(record)
         else:
             self.remove()
             self._write({"task": task})
 
+    def _records(self) -> list[dict[str, Any]]:
+        """What the log has; half a record at its end, of a process that was killed, is cut off."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_bytes().splitlines(keepends=True)
+        if lines and not _is_whole(lines[-1]):
+            os.truncate(self.log, sum(map(len, lines[:-1])))  # the next record begins a line
+            lines.pop()
+        return [json.loads(line) for line in lines]
+
     def _take(self, record: dict[str, Any]) -> None:
         if "answers" in record:
-            self.answers = [Answer(*answer) for answer in record["answers"]]
+            self.answers += [Answer(*answer) for answer in record["answers"]]
         else:
             self.scores[record["choice"]] = Score(**record["score"])
 
@@ -235,13 +247,21 @@ class State:
             file.write(json.dumps(record) + "\n")
 
     def keep(self, record: dict[str, Any]) -> None:
-        """Note answers or a score."""
+        """Note further answers or a score."""
         self._write(record)
         self._take(record)
 
     def remove(self) -> None:
         """Forget everything, at the end or because the task is another one."""
         self.log.unlink(missing_ok=True)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")
 
 
 def moves(designer: Designer) -> Iterator[Callable[[Choice], list[Choice]]]:
@@ -335,7 +355,7 @@ class Task:
 def calibrate(task: Task) -> str:
     """Search a profile and write it; the summary for the user.
 
-    An interrupted search leaves two files beside the output, and the same command goes on there.
+    An interrupted search leaves its log beside the output, and the same command goes on there.
 
     Raises
     ------
@@ -355,9 +375,8 @@ def calibrate(task: Task) -> str:
         start = Path(directory, "start.safetensors")
         plain_profile(model, budget).save(start)
         with Probe(task.model, start, task.max_tokens, settings) as probe:
-            if state.answers is None:
-                state.keep({"answers": _answers(probe, prompts)})
-            asked = list(zip(prompts, state.answers or [], strict=True))
+            _answer(probe, prompts, state)
+            asked = list(zip(prompts, state.answers, strict=True))
             step = max(4, len(asked) // max(task.held_out, 1))  # most prompts are for moments
             held, rest = asked[::step], [a for i, a in enumerate(asked) if i % step]
             with tqdm(total=len(asked), desc="statistics", unit="prompt") as bar:
@@ -474,13 +493,14 @@ def _references(
     return found, probe.moments()
 
 
-def _answers(probe: Probe, prompts: Sequence[Prompt]) -> list[Answer]:
-    answers: list[Answer] = []
-    with tqdm(total=len(prompts), desc="answers at 16 bits", unit="prompt") as bar:
-        for i in range(0, len(prompts), 16):
-            answers += probe.answers(prompts[i : i + 16])
-            bar.update(len(prompts[i : i + 16]))
-    return answers
+def _answer(probe: Probe, prompts: Sequence[Prompt], state: State) -> None:
+    """Answers at 16 bits of the prompts that have none yet."""
+    done = len(state.answers)
+    with tqdm(total=len(prompts), initial=done, desc="answers at 16 bits", unit="prompt") as bar:
+        for i in range(done, len(prompts), BATCH):
+            found = probe.answers(prompts[i : i + BATCH])
+            state.keep({"answers": found})
+            bar.update(len(found))
 
 
 def _most_trials(designer: Designer) -> int:

@@ -20,6 +20,7 @@ from benchmarks.records import RECORDS
 from benchmarks.serving_summary import (
     EIGHT_BITS,
     NOT_MEASURED,
+    OURS,
     ROWS,
     STOCK,
     Figure,
@@ -68,10 +69,12 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def number(value: float | None) -> str:
-    """For a table: three figures, or all of a large number."""
+def number(value: float | str | None) -> str:
+    """For a table: three figures, or all of a large number; names as code."""
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value if value == "none" else ", ".join(f"`{name}`" for name in value.split(", "))
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
@@ -86,8 +89,9 @@ def where(runs: list[Run]) -> str:
 
 
 def goals_region(runs: list[Run]) -> list[str]:
-    """Ratios of the goals."""
+    """Ratios of the goals, and which are met."""
     rows, used = [], []
+    met: list[bool] = []
     for row in ROWS:
         line = [row.name]
         for baseline in (STOCK, EIGHT_BITS):
@@ -97,23 +101,24 @@ def goals_region(runs: list[Run]) -> list[str]:
                 line.append(NOT_MEASURED if goal else "")
                 continue
             used.append(found.run)
-            said = f"{found.ratio:.2f}x ({number(found.ours)} against {number(found.baseline)})"
-            line.append(said + (f", goal {goal}" if goal else ""))
+            values = f"x ({number(found.ours)} against {number(found.baseline)})"
+            if goal is None:
+                line.append(f"{found.ratio:.2f}{values}")
+                continue
+            met.append(goal.met(found.ratio))
+            line.append(f"{goal.spell(found.ratio)}{values}, {goal.verdict(found.ratio)}")
         rows.append(line)
     if not used:
         return ["Not measured yet: no record has codes and stock vLLM in one run on a GPU."]
     return [
         *table(["`calibquant1`, InternVL3-8B shape", "against bf16", "against fp8"], rows),
         "",
-        f"Measured on: {where(used)}.",
+        f"Goals: {sum(met)} of {len(met)} are met. Measured on: {where(used)}.",
     ]
 
 
-COLUMNS = {
-    "requests resident, 5 GB": figure("resident", "requests", outputs=300),
-    "decode tokens/s, 5 GB": figure("resident", "decode_tokens_per_s", outputs=300),
-    "decode tokens/s, 2 GB": figure("decode", "decode_tokens_per_s", budget_gb=2, outputs=300),
-    "16k visual tokens, 20 GB, tokens/s": figure(
+LONG_COLUMNS = {
+    "16k visual tokens a request, 20 GB: tokens/s": figure(
         "long-context", "decode_tokens_per_s", budget_gb=20
     ),
     "longest video in 0.5 GB, visual tokens": figure(
@@ -121,6 +126,23 @@ COLUMNS = {
     ),
     "the same in frames of 256": figure("longest-video", "most_visual_tokens", layout="frames"),
 }
+VIDEO_COLUMNS = {
+    f"{tokens:,}: {label}": figure("video", name, visual_tokens=tokens)
+    for tokens in (16640, 66560, 133120)
+    for label, name in (("first token, ms", "first_token_ms"), ("step, ms", "step_ms_median"))
+}
+END_TO_END_COLUMNS = {
+    label: figure("end-to-end", name, budget_gb=5, outputs=1024)
+    for label, name in (
+        ("requests", "requests"),
+        ("tokens/s", "output_tokens_per_s"),
+        ("first token, ms", "first_token_ms_median"),
+        ("first token, p99", "first_token_ms_p99"),
+        ("between tokens, ms", "inter_token_ms_median"),
+        ("between tokens, p99", "inter_token_ms_p99"),
+    )
+}
+BUDGETS = (2, 5, 10, 20)
 CHAT_COLUMNS = {
     f"{times}x: {label}": figure("image-chats", name, working_set=times)
     for times in (1, 6, 20)
@@ -134,17 +156,19 @@ CHAT_COLUMNS = {
 HTTP_COLUMNS = {
     "start, s": figure("http", "seconds", what="start"),
     **{
-        f"{what}: {label}": figure("http", name, what=what)
-        for what, name, label in (
-            ("text, fixed lengths", "output_tokens_per_s", "tokens/s"),
-            ("text, chat lengths", "output_tokens_per_s", "tokens/s"),
-            ("lone image request", "first_token_ms_median", "first token, ms"),
-            ("questions on images", "output_tokens_per_s", "tokens/s"),
-            ("questions on images", "first_token_ms_median", "first token, ms"),
-            ("questions on images", "hit_rate", "hit rate"),
+        label: figure("http", name, what=what)
+        for label, what, name in (
+            ("fixed lengths: tokens/s", "text, fixed lengths", "output_tokens_per_s"),
+            ("chat lengths: tokens/s", "text, chat lengths", "output_tokens_per_s"),
+            ("lone image: first token, ms", "lone image request", "first_token_ms_median"),
+            ("questions: tokens/s", "questions on images", "output_tokens_per_s"),
+            ("questions: first token, ms", "questions on images", "first_token_ms_median"),
+            ("questions: hit rate", "questions on images", "hit_rate"),
+            ("compiled late", "compiled while serving", "kernels"),
         )
     },
 }
+"""What was *compiled late*, while a request waited, are names of kernels."""
 
 
 def dtypes_region(runs: list[Run], columns: dict[str, Figure]) -> list[str]:
@@ -160,6 +184,43 @@ def dtypes_region(runs: list[Run], columns: dict[str, Figure]) -> list[str]:
             if found:
                 lines += [*table([f"{title}, {run.device}", *columns], found), ""]
     return lines[:-1] or ["Not measured yet."]
+
+
+def budgets_region(runs: list[Run]) -> list[str]:
+    """Decoding at each KV budget, in how many requests, and how many times as fast as others."""
+    lines: list[str] = []
+    for run in runs:
+        for model, title in MODELS.items():
+            rates: dict[str, list[float | None]] = {}
+            rows = []
+            for dtype in sorted(run.dtypes(model), key=list(LABELS).index):
+                cells = [_decoding(run, dtype, model, budget) for budget in BUDGETS]
+                if not any(cells):
+                    continue
+                rates[dtype] = [c["decode_tokens_per_s"] if c else None for c in cells]
+                said = [
+                    f"{number(c['decode_tokens_per_s'])} ({c['requests']})" if c else "-"
+                    for c in cells
+                ]
+                rows.append([LABELS[dtype], *said])
+            for baseline in (STOCK, EIGHT_BITS):
+                if OURS in rates and baseline in rates:
+                    pairs = zip(rates[OURS], rates[baseline], strict=True)
+                    times = [f"{a / b:.1f}x" if a and b else "-" for a, b in pairs]
+                    rows.append([f"`{OURS}` against {LABELS[baseline]}", *times])
+            if rows:
+                header = [f"{title}, {run.device}", *(f"{budget} GB" for budget in BUDGETS)]
+                lines += [*table(header, rows), ""]
+    return lines[:-1] or ["Not measured yet."]
+
+
+def _decoding(run: Run, dtype: str, model: str, budget: float) -> dict[str, Any] | None:
+    """A cell of decoding: the first budget of a run is another scenario's."""
+    for scenario in ("decode", "resident"):
+        cell = run.find(scenario, dtype, model, budget_gb=budget, outputs=300)
+        if cell and cell.get("decode_tokens_per_s"):
+            return cell
+    return None
 
 
 def crossing_region(runs: list[Run]) -> list[str]:
@@ -213,9 +274,12 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "accuracy": accuracy_report.accuracy_region,
     "accuracy with profiles": accuracy_report.profiles_region,
     "serving goals": lambda folder: goals_region(load_runs(folder)),
-    "serving": lambda folder: dtypes_region(load_runs(folder), COLUMNS),
+    "serving budgets": lambda folder: budgets_region(load_runs(folder)),
+    "serving long contexts": lambda folder: dtypes_region(load_runs(folder), LONG_COLUMNS),
+    "serving end to end": lambda folder: dtypes_region(load_runs(folder), END_TO_END_COLUMNS),
     "serving chats": lambda folder: dtypes_region(load_runs(folder), CHAT_COLUMNS),
     "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),
+    "serving videos": lambda folder: dtypes_region(load_runs(folder), VIDEO_COLUMNS),
     "serving crossings": lambda folder: crossing_region(load_runs(folder)),
 }
 

@@ -14,7 +14,16 @@ import pytest
 
 from benchmarks import report, serving, serving_http, serving_summary
 from benchmarks.records import save_record
-from benchmarks.serving_summary import ROWS, crossings, load_runs, ratio, summary_lines
+from benchmarks.serving_summary import (
+    ROWS,
+    Goal,
+    at_least,
+    at_most,
+    crossings,
+    load_runs,
+    ratio,
+    summary_lines,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,6 +134,16 @@ def made_up(folder: Path, date: str, device: str = "GPU", **requests: int) -> No
         base = {"model": "internvl3-8b", "dtype": dtype, "budget_gb": 5}
         cells.append({**base, "scenario": "resident", "outputs": 128, "requests": number})
         cells.append({**base, "scenario": "http", "what": "start", "seconds": 7 * number})
+        late = {"what": "compiled while serving", "kernels": "_a_kernel, _b_kernel"}
+        cells.append({**base, "scenario": "http", **late})
+        for budget, speed in ((2, 10 * number), (5, 20 * number)):
+            point = {"budget_gb": budget, "outputs": 300, "requests": number}
+            name = "decode" if budget == 2 else "resident"
+            cells.append({**base, "scenario": name, **point, "decode_tokens_per_s": speed})
+        video = {"visual_tokens": 66560, "first_token_ms": [200.0 * number]}
+        cells.append({**base, "scenario": "video", **video, "step_ms_median": None})
+        end = {"outputs": 1024, "first_token_ms_p99": 300 + number}
+        cells.append({**base, "scenario": "end-to-end", **end})
         for share in (0, 50, 100):
             speed = 1000 - 2 * share if dtype == "fp8" else 700 + 10 * share
             point = {"visual_share": share, "requests": 10, "decode_tokens_per_s": speed}
@@ -144,12 +163,32 @@ def test_ratios_stay_within_a_run(tmp_path: Path):
     assert (found.ours, found.baseline, found.run.name) == (85, 10, "20260101T0")
     lines = summary_lines(runs)
     assert lines[0] == (
-        "requests resident at 5 GB, 128 outputs: against auto 8.5x (goal >= 8), "
+        "requests resident at 5 GB, 128 outputs: against auto 8.50x (goal >= 8: met), "
         "against fp8 not measured (goal >= 4)"
     )
     assert [line.split(":")[0] for line in lines[: len(ROWS)]] == [
         row.name.split(":")[0] for row in ROWS
     ]
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "said"),
+    [
+        (at_least(8), 8.708, "8.71x, goal >= 8: met"),
+        (at_least(8), 8.0, "8.000x, goal >= 8: met"),
+        (at_least(8), 7.99996, "7.99996x, goal >= 8: missed"),
+        (at_least(1.7), 1.7004, "1.7004x, goal >= 1.7: met"),
+        (at_most(0.25), 0.18, "0.18x, goal <= 0.25: met"),
+        (at_most(1.03), 1.0384, "1.038x, goal <= 1.03: missed"),
+        (Goal(0.97, 1.03), 1.0332, "1.033x, goal 0.97 to 1.03: missed"),
+        (Goal(0.97, 1.03), 1.0303, "1.0303x, goal 0.97 to 1.03: missed"),
+        (Goal(0.98, 1.02), 0.9796, "0.9796x, goal 0.98 to 1.02: missed"),
+        (Goal(0.98, 1.02), 1.0, "1.000x, goal 0.98 to 1.02: met"),
+        (Goal(0.98, 1.02), 0.8, "0.80x, goal 0.98 to 1.02: missed"),
+    ],
+)
+def test_a_ratio_never_seems_to_meet_a_goal_that_it_misses(goal: Goal, value: float, said: str):
+    assert f"{goal.spell(value)}x, {goal.verdict(value)}" == said
 
 
 def test_a_cell_that_was_disturbed_does_not_count(tmp_path: Path):
@@ -179,8 +218,16 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     marks = [line for name in report.REGIONS for line in (report.begin(name), report.end(name))]
     readme.write_text("\n".join(["before", *marks, "after"]))
     text = report.render(readme.read_text(), tmp_path)
-    assert "8.50x (85 against 10), goal >= 8" in text
-    assert "| `auto` (bf16) | 70 | - |" in text
+    assert "8.50x (85 against 10), goal >= 8: met" in text
+    assert "Goals: 8 of 8 are met." in text
+    for line in (
+        "| `auto` (bf16) | 70 | - | - | - | - | - | - | `_a_kernel`, `_b_kernel` |",
+        "| **`calibquant1`** | 850 (85) | 1,700 (85) | - | - |",
+        "| `calibquant1` against `fp8` | 4.2x | 4.2x | - | - |",
+        "| `fp8` | - | - | 4,000 | - | - | - |",
+        "| `fp8` | - | - | - | 320 | - | - |",
+    ):
+        assert line in text.splitlines(), line
     assert text.startswith("before\n") and text.endswith("\nafter")
     assert report.render(text, tmp_path) == text
     readme.write_text(text)

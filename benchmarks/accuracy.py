@@ -79,18 +79,20 @@ STOCK = (
 )
 """What stock vLLM has, on GPUs."""
 
-NOT_ON_CUDA = ("unbiased-slope", "two-means")
-"""Range estimators without a kernel."""
+NOT_ON_CUDA = ("unbiased-slope", "two-means", "range_scope=request")
+"""Range estimators, and a scope of ranges, without a kernel."""
 
 SETTINGS = (
     *WIDTHS,
     *PROFILES,
     "calibquant2 preset=calibquant-paper",
     "calibquant1 preset=calibquant-paper",
+    "calibquant1 preset=calibquant-paper range_scope=request",  # as published
     "calibquant1 preset=calibquant-paper calibration=false",
     "calibquant1 range_estimator=quantile",  # the paper's first version
     "calibquant1 range_estimator=unbiased-slope",
     "calibquant1 range_estimator=two-means",
+    "calibquant1 range_scope=request",
     "calibquant1 calibration=true",
     "calibquant1 layers_16bit=[0]",
 )

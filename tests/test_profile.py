@@ -190,6 +190,8 @@ def test_other_dtypes_and_keys_are_refused(tmp_path: Path) -> None:
         load_config("calibquant2", section(tmp_path / "p"))
     with pytest.raises(ConfigError, match="both profile and key_range_factor"):
         load_config("calibquant1", section(tmp_path / "p", key_range_factor=0.5))
+    with pytest.raises(ConfigError, match="both profile and range_scope"):
+        load_config("calibquant1", section(tmp_path / "p", range_scope="request"))
     config = load_config("calibquant1", section(tmp_path / "p", layers_16bit=[1]))
     assert config.layers_16bit == (1,)
 

@@ -209,8 +209,13 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
             {"calibration": True, "tau_max": 11.0, "layers_16bit": [1]},
             Method(4, calibrate=True, tau_max=11.0, about_midpoint=True, exact_layers=(1,)),
         ),
+        (
+            # All prompts are computed in one step; at 2 bits each fills two to five pages.
+            {"preset": "calibquant-paper", "range_scope": "request"},
+            Method(2, calibrate=True, per_request=True),
+        ),
     ],
-    ids=["paper", "factors", "quantile", "layers"],
+    ids=["paper", "factors", "quantile", "layers", "request"],
 )
 def test_vllm_equals_equations_with_settings(oracle, serve, settings, method, shape) -> None:
     answer = serve("llava", method.bits, json.dumps(settings))[shape]
@@ -351,6 +356,7 @@ def test_quantisation_matters(oracle, style: str, bits: int, shape: str) -> None
         {"tau_max": 2.5},
         {"tau_min": 0.5},
         {"about_midpoint": True},
+        {"per_request": True},
     ],
     ids=lambda change: next(iter(change)),
 )

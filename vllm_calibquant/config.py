@@ -26,6 +26,7 @@ BESIDE_PROFILE = ("bits", "modalities", "layers_16bit", "profile")
 
 Modality = Literal["image", "video"]
 Estimator = Literal["midpoint", "minmax", "quantile", "two-means", "unbiased-slope"]
+RangeScope = Literal["page", "request"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ class CalibQuantConfig(BaseModel):
     CalibQuant (arXiv 2502.14882, Sec. 3 and the authors' code)."""
 
     range_estimator: Estimator | None = None
-    """How the range of a channel of a page is found (:mod:`vllm_calibquant.quantize`); from the
-    preset unless set.  CUDA serves the first three."""
+    """How the range of a channel is found (:mod:`vllm_calibquant.quantize`); from the preset unless
+    set.  CUDA serves the first three."""
+
+    range_scope: RangeScope = "page"
+    """Which tokens share the range of a channel: those of a page, or all visual tokens of a request
+    that one step computes, as published (arXiv 2502.14882, Sec. 3).  Pages of such a step then hold
+    equal ranges; later chunks of the request have their own.  CUDA serves ``page`` alone."""
 
     quantile: float = Field(default=0.02, ge=0.0, lt=0.5)
     """Share of a channel's values outside the range at either end, for ``quantile``."""

@@ -1,8 +1,9 @@
 """From numbers to codes: range estimators, and rounding to ``b`` bits.
 
 A range estimator is a small frozen dataclass in :data:`RANGE_ESTIMATORS`; a new one is a class and
-an entry.  Everything is per channel over the tokens of one visual page (CalibQuant v1 calls that a
-group), with tokens in dimension -2 and channels in dimension -1.
+an entry.  Everything is per channel over tokens that share a range, those of one visual page
+(CalibQuant v1 calls that a group) or of one request, with tokens in dimension -2 and channels in
+dimension -1.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ def encode(
     estimator: RangeEstimator,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code the tokens of pages.
+    """Code tokens; those of dimension -2 share the range of a channel.
 
     ``s = (hi - lo) / L`` and ``code = round(clamp((x - lo) / s, 0, L))`` with ``L = 2**b - 1``
     (CalibQuant, Eq. 2 and 3), so that ``x ~ lo + s code``.  Scale and offset are rounded to

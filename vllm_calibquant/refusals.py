@@ -113,6 +113,10 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         f"range_estimator is {config.estimator}, which has no CUDA kernel; give one of "
         f"{', '.join(ON_CUDA)}",
     )
+    refuse(
+        vllm_config.device_config.device_type == "cuda" and config.range_scope != "page",
+        f"range_scope is {config.range_scope}, which has no CUDA kernel; leave it at page",
+    )
     scheduler = vllm_config.scheduler_config.scheduler_cls
     refuse(
         scheduler is not None and not str(scheduler).startswith("vllm_calibquant."),

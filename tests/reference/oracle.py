@@ -5,7 +5,7 @@ of the equations to speed: keys and values are really dequantised, scores are re
 
 * :func:`visual_pages` says which tokens share ranges (the layout of the KV cache).
 * :func:`fake_quantise` and :func:`calibrate` are the two equations of the method (CalibQuant, arXiv
-  2502.14882; ranges per page instead of per request).
+  2502.14882; ranges per page unless they are asked for per request).
 * :class:`Oracle` runs a transformers model with an attention function that applies them.
 """
 
@@ -43,6 +43,8 @@ class Method:
         Which quantile of a channel, and its mirror image, stand for the extremes.
     about_midpoint
         Whether the factors draw the extremes towards their midpoint, and not towards zero.
+    per_request
+        Whether all pages of a prompt share their ranges.
     exact_layers
         Decoder layers that are left alone.
     profile
@@ -60,6 +62,7 @@ class Method:
     tau_max: float = 3.0
     quantile: float = 0.0
     about_midpoint: bool = False
+    per_request: bool = False
     exact_layers: tuple[int, ...] = ()
     profile: Path | None = None
     slots: int = 0
@@ -441,6 +444,8 @@ class Oracle:
             ``[KV heads, tokens in visual pages, D]`` in the order of positions, dtype of ``x``.
         """
         sizes = [len(page) * BLOCK_SIZE for page in self._pages]
+        if self.method.per_request:
+            sizes = [sum(sizes)]
         dtype, x, bits, basis, mean = x.dtype, x[:, self._visual], self.method.bits, None, None
         if self._profile:
             found = {

@@ -46,6 +46,7 @@ def test_defaults(dtype, bits, factors) -> None:
         config = load_config(dtype, nothing)
         assert bits_of(dtype) == config.bits == bits
         assert config.estimator == "midpoint" and not config.calibrated
+        assert config.range_scope == "page"
         assert (config.key_factor, config.value_factor) == factors
         assert (config.modalities, config.layers_16bit) == (("image", "video"), ())
 
@@ -60,7 +61,7 @@ def test_defaults(dtype, bits, factors) -> None:
 )
 def test_preset_of_the_paper(dtype, key, value, calibrated) -> None:
     config = load(dtype, preset="calibquant-paper")
-    assert config.estimator == "minmax"
+    assert (config.estimator, config.range_scope) == ("minmax", "page")
     assert (config.key_factor, config.value_factor) == (key, value)
     assert (config.calibrated, config.tau_min, config.tau_max) == (calibrated, 0.0, 3.0)
 
@@ -105,6 +106,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     ("key", "value"),
     [
         ("range_estimator", "median"),
+        ("range_scope", "image"),
         ("preset", "paper"),
         ("quantile", 0.5),
         ("quantile", -0.1),

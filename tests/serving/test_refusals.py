@@ -16,6 +16,7 @@ import pytest
 
 from vllm_calibquant import compat, plugin
 from vllm_calibquant.config import ConfigError
+from vllm_calibquant.refusals import check_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,6 +172,23 @@ def test_context_parallelism_is_refused(tmp_path, size: str) -> None:
     setattr(config.parallel_config, size, 2)
     with pytest.raises(ConfigError, match="context parallelism"):
         plugin.configure(lambda config: None, config)
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"range_scope": "request"}, "range_scope is request, which has no CUDA kernel"),
+        ({"range_estimator": "two-means"}, "range_estimator is two-means, which has no CUDA"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_ranges_without_a_kernel_are_refused_on_cuda(tmp_path, section: dict, reason: str) -> None:
+    """A finished configuration of the CPU, which serves them, is given another device."""
+    config = start(tmp_path, LLAMA, additional_config={"calibquant": section})
+    config.device_config.device_type = "cuda"
+    with pytest.raises(ConfigError, match=reason) as error:
+        check_config(config)
+    sentence_of(error.value)
 
 
 def test_all_reasons_are_told_at_once(tmp_path) -> None:

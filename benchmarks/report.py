@@ -144,7 +144,7 @@ END_TO_END_COLUMNS = {
 }
 BUDGETS = (2, 5, 10, 20)
 CHAT_COLUMNS = {
-    f"{times}x: {label}": figure("image-chats", name, working_set=times)
+    f"{times}x: {label}": figure("image-chats", name, working_set=times, images_a_user=1)
     for times in (1, 6, 20)
     for label, name in (
         ("turns/s", "turns_per_s"),

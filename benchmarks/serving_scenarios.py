@@ -33,6 +33,8 @@ class Plan:
     end_to_end_budgets: tuple[float, ...] = (5,)
     chat_budget: float = 2
     working_sets: tuple[int, ...] = (6,)
+    chat_images: int = 1
+    """Of a user, all in the first turn."""
     chat_turns: int = 8
     chat_question: int = 16
     chat_answer: int = 32
@@ -43,7 +45,7 @@ class Plan:
     long_outputs: int = 48
     video_budget: float = 0.5
     video_outputs: int = 24
-    video_images: tuple[int, ...] = (5, 20)
+    video_images: tuple[int, ...] = (5, 20, 40)
     """Cold requests of so many images of the largest size, one after the other."""
     frame_tokens: int = 256
     frame_text: int = 8
@@ -70,6 +72,7 @@ DRY_RUN = Plan(
     end_to_end_budgets=(0.001,),
     chat_budget=0.002,
     working_sets=(2,),
+    chat_images=2,
     chat_turns=4,
     chat_question=8,
     chat_answer=4,
@@ -263,7 +266,7 @@ def bf16_page_bytes(engine: BenchEngine) -> int:
 
 
 def image_chats(context: Context) -> Iterator[dict[str, Any]]:
-    """Users with an image each come back for turns in random order, few at a time.
+    """Users with images of their own come back for turns in random order, few at a time.
 
     First turns are not measured.  The order is the same for all KV cache dtypes; a user whose last
     turn is being answered is passed over.
@@ -276,11 +279,13 @@ def _chats(context: Context, working_set: int) -> dict[str, Any]:
     engine, plan = context.engine, context.plan
     pages = engine.set_budget(plan.chat_budget * GB)
     turn = plan.chat_question + plan.chat_answer
-    length = BEFORE + len(context.picture.tokens) + plan.chat_turns * turn
+    length = BEFORE + plan.chat_images * len(context.picture.tokens) + plan.chat_turns * turn
     held = plan.chat_budget * GB / (bf16_page_bytes(engine) * -(-length // 16))
     users = round(working_set * held)
-    images = [next(context.names) for _ in range(users)]
-    history: list[list[Any]] = [[BEFORE, (name, context.picture)] for name in images]
+    history: list[list[Any]] = [
+        [BEFORE, *((next(context.names), context.picture) for _ in range(plan.chat_images))]
+        for _ in range(users)
+    ]
     order = random.Random(context.seed)
     waiting = [u for u in range(users) for _ in range(plan.chat_turns - 1)]
     order.shuffle(waiting)
@@ -289,6 +294,7 @@ def _chats(context: Context, working_set: int) -> dict[str, Any]:
         "working_set": working_set,
         "pool_pages": pages,
         "users": users,
+        "images_a_user": plan.chat_images,
         "turns_a_user": plan.chat_turns,
         "question_tokens": plan.chat_question,
         "answer_tokens": plan.chat_answer,

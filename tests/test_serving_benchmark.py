@@ -62,6 +62,7 @@ def test_every_scenario_runs(record: Path):
         assert cell["planted_share"] * cell["prompt_tokens"] >= cell["prompt_tokens"] - 17
     chats = next(c for c in cells if c["scenario"] == "image-chats")
     assert chats["turns"] == chats["users"] * (chats["turns_a_user"] - 1)
+    assert chats["images_a_user"] == 2
     assert 0.8 < chats["hit_rate"] < 1
 
 
@@ -226,6 +227,21 @@ def test_a_cell_that_was_disturbed_does_not_count(tmp_path: Path):
     record["cells"][0] |= {"planted_share": 0.99, "most_running": 10, "preemptions": 3}
     save_record(path, record)
     assert ratio(ROWS[0], "auto", load_runs(tmp_path)) is None
+
+
+def test_chats_of_several_images_are_told_from_those_of_one(tmp_path: Path):
+    """Records from before there was such a number have one image a user."""
+    made_up(tmp_path, "20260101T000000", auto=10)
+    path = next(tmp_path.iterdir())
+    record = json.loads(path.read_text())
+    chats = {"model": "internvl3-8b", "dtype": "auto", "scenario": "image-chats"}
+    chats |= {"budget_gb": 2, "working_set": 6}
+    record["cells"] += [{**chats, "turns_per_s": 10}]
+    record["cells"] += [{**chats, "turns_per_s": 4, "images_a_user": 3}]
+    save_record(path, record)
+    (run,) = load_runs(tmp_path)
+    row = next(row for row in ROWS if row.name.endswith("turns/s"))
+    assert row.figure.of(run, "auto") == 10
 
 
 def test_crossings_are_interpolated(tmp_path: Path):

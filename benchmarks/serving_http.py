@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,10 @@ DRY_LOAD = Load(
     questions=3,
     answer=4,
     concurrency=2,
+    start_limit_s=400,
+    bench_limit_s=120,
 )
+"""The same on the CPU, where everything but the measuring takes long."""
 
 
 class Server:
@@ -259,6 +262,11 @@ def loads(directory: Path, model: str, load: Load) -> Iterator[tuple[str, list[s
     yield "questions on images", [*chat, *questions]
 
 
+def thinned(values: Sequence[float], most: int = 256) -> Sequence[float]:
+    """So many of them at most, evenly spaced."""
+    return values[:: max(1, -(-len(values) // most))]
+
+
 def measure(
     server: Server, client: Client, directory: Path, model: str, load: Load
 ) -> Iterator[dict[str, Any]]:
@@ -292,6 +300,9 @@ def measure(
             "inter_token_ms_median": round(result["median_itl_ms"], 3),
             "inter_token_ms_p99": round(result["p99_itl_ms"], 3),
             "first_token_ms": [round(1e3 * t, 2) for t in result["ttfts"]],
+            "inter_token_ms": [
+                round(1e3 * t, 2) for t in thinned([t for itl in result["itls"] for t in itl])
+            ],
             "cell_s": round(time.perf_counter() - begin, 1),
         }
     yield {"what": "compiled while serving", "kernels": server.compiled_late()}

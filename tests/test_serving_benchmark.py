@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> Path:
-    """All scenarios on one small engine, as the GPU runs them."""
+    """All scenarios on one small engine and behind one server, as the GPU runs them."""
     folder = tmp_path_factory.mktemp("serving")
     command = [sys.executable, "-m", "benchmarks.serving", "--dry-run", "--dtypes", "calibquant1"]
     done = subprocess.run(
@@ -52,7 +52,7 @@ def test_every_scenario_runs(record: Path):
     assert [e["event"] for e in content["engines"]] == ["start"]
     cells = content["cells"]
     assert not [c for c in cells if "error" in c]
-    assert {c["scenario"] for c in cells} == set(serving.IN_PROCESS)
+    assert {c["scenario"] for c in cells} == set(serving.SCENARIOS)
     for cell in cells:
         assert serving_summary.measured(cell), cell
     for cell in (c for c in cells if c["scenario"] in ("resident", "decode", "mix")):
@@ -64,6 +64,33 @@ def test_every_scenario_runs(record: Path):
     assert chats["turns"] == chats["users"] * (chats["turns_a_user"] - 1)
     assert chats["images_a_user"] == 2
     assert 0.8 < chats["hit_rate"] < 1
+
+
+def test_a_server_answers_all_that_is_asked_over_http(record: Path):
+    """``vllm serve`` with codes under ``vllm bench serve``, both as they are."""
+    content = json.loads(record.read_text())
+    cells = {c["what"]: c for c in content["cells"] if c["scenario"] == "http"}
+    load = serving_http.DRY_LOAD
+    asked = {
+        "text, fixed lengths": load.requests,
+        "text, chat lengths": load.requests,
+        "lone image request": load.image_requests,
+        "questions on images": load.images * load.questions,
+    }
+    assert list(cells) == ["start", *asked, "compiled while serving"]
+    for what, requests in asked.items():
+        cell = cells[what]
+        assert (cell["requests"], cell["failed"]) == (requests, 0)
+        assert len(cell["first_token_ms"]) == requests
+        assert 0 < len(cell["inter_token_ms"]) <= 256
+    assert cells["questions on images"]["hit_rate"] > 0.3
+    assert cells["compiled while serving"]["kernels"] == "none"
+
+
+def test_samples_are_thinned_evenly():
+    assert serving_http.thinned(range(257)) == range(0, 257, 2)
+    assert serving_http.thinned(range(256)) == range(256)
+    assert len(serving_http.thinned([])) == 0
 
 
 def test_a_record_is_compact_and_names_its_origin(record: Path):

@@ -11,9 +11,11 @@ sub-slot).  For each request the kernel writes
 
 For the store it lists this step's visual pages, the number of tokens that each gets, and the row of
 the step's K and V of every one of them.  The program that finishes last shares the visual runs of
-the decode requests among the programs of the split decode kernel, as many as the GPU runs at once:
-every program gets as many *half runs* (a run, cut at the middle of its page) in a row, and an
-*item* is what one program has of one request.
+the decode requests among the programs of the split decode kernel, as many as the GPU runs at once,
+in *half runs* (a run, cut at the middle of its page).  An *item* is what one program has of one
+request.  To begin another item costs a program about as much as a page, so where there are programs
+enough for some to have a little more than the rest, each has one item, and a request's items are of
+equal size; otherwise every program gets as many half runs in a row.
 
 Everything has a fixed grid and stays on the device, so it replays in a CUDA graph.  Rows of the
 block table past a request's length hold stale ids; nothing past ``seq_lens`` is looked at.
@@ -67,7 +69,7 @@ class StepTables:
         int32 ``[target_programs + 1]``: items of program p are ``program_item[p] ..
         program_item[p + 1] - 1``.
     plan : torch.Tensor
-        int32 ``[6]``: number of programs that have items, half runs of a program, number of this
+        int32 ``[6]``: number of programs that have items, most half runs of one, number of this
         step's visual pages, the ticket counter that finds the program that ends last (0 between
         steps), number of items, and number of runs of all decode requests.
     page_ids, page_tokens : torch.Tensor
@@ -308,6 +310,19 @@ def _tables_kernel(
                 tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0
             )
         share = tl.maximum((2 * total + target_programs - 1) // target_programs, 1)
+        # The least of three shares by which no program needs a second request, or 0.
+        more = tl.maximum(share // 8, 1)
+        needed_0, needed_1, needed_2 = 0, 0, 0
+        for start in range(0, num_decodes, BC):
+            o_r = start + o_c
+            runs = tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg")
+            needed_0 += tl.sum((2 * runs + share - 1) // share, 0)
+            needed_1 += tl.sum((2 * runs + share + more - 1) // (share + more), 0)
+            needed_2 += tl.sum((2 * runs + share + 2 * more - 1) // (share + 2 * more), 0)
+        single = tl.where(needed_2 <= target_programs, share + 2 * more, 0)
+        single = tl.where(needed_1 <= target_programs, share + more, single)
+        single = tl.where(needed_0 <= target_programs, share, single)
+        share = tl.where(single > 0, single, share)
         num_items = 0
         halves = 0  # half runs of the requests so far
         for start in range(0, num_reqs + 1, BC):
@@ -316,12 +331,13 @@ def _tables_kernel(
             end = halves + 2 * tl.cumsum(runs, 0)
             begin = end - 2 * runs
             items = tl.where(runs > 0, (end - 1) // share - begin // share + 1, 0)
+            items = tl.where(single > 0, (2 * runs + share - 1) // share, items)
             first = num_items + tl.cumsum(items, 0) - items
             tl.store(p_item_start + o_r, first, mask=o_r <= num_reqs)
             tl.store(p_half_start + o_r, begin, mask=o_r <= num_reqs)
             num_items += tl.sum(items, 0)
             halves += 2 * tl.sum(runs, 0)
-        num_programs = (2 * total + share - 1) // share
+        num_programs = tl.where(single > 0, num_items, (2 * total + share - 1) // share)
         tl.store(p_plan, num_programs)
         tl.store(p_plan + 1, share)
         tl.store(p_plan + 3, 0)
@@ -342,16 +358,22 @@ def _tables_kernel(
             first = tl.load(p_item_start + low, mask=m_i, other=0)
             runs = tl.load(p_num_runs + low, mask=m_i, other=0, cache_modifier=".cg")
             origin = tl.load(p_half_start + low, mask=m_i, other=0)
-            program = origin // share + o_i - first
-            begin = tl.maximum(program * share, origin)
-            end = tl.minimum((program + 1) * share, origin + 2 * runs)
+            program = tl.where(single > 0, o_i, origin // share + o_i - first)
+            own_begin, own_end = program * share, (program + 1) * share
+            pieces = tl.maximum((2 * runs + share - 1) // share, 1)
+            piece = origin + (o_i - first) * 2 * runs // pieces
+            next_piece = origin + (o_i - first + 1) * 2 * runs // pieces
+            own_begin = tl.where(single > 0, piece, own_begin)
+            own_end = tl.where(single > 0, next_piece, own_end)
+            begin = tl.maximum(own_begin, origin)
+            end = tl.minimum(own_end, origin + 2 * runs)
             p_run = p_runs + low.to(tl.int64) * stride_runs + (begin - origin) // 2 * 2
             tl.store(p_items + 4 * o_i, low, mask=m_i)
             tl.store(p_items + 4 * o_i + 1, begin - origin, mask=m_i)
             tl.store(p_items + 4 * o_i + 2, end - origin, mask=m_i)
             first_id = tl.load(p_run, mask=m_i, other=0, cache_modifier=".cg")
             tl.store(p_items + 4 * o_i + 3, first_id, mask=m_i)
-            tl.store(p_program_item + program, o_i, mask=m_i & (begin == program * share))
+            tl.store(p_program_item + program, o_i, mask=m_i & (begin == own_begin))
 
 
 def build_tables(

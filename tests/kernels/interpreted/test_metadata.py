@@ -42,8 +42,12 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
     ]
     assert got == want["pages"]
     programs, share = tables.plan[:2].tolist()
-    halves = 2 * sum(tables.num_runs[:num_decodes].tolist())
-    assert programs <= tables.target_programs and programs == -(-halves // share)
+    runs = tables.num_runs[:num_decodes].tolist()
+    least = max(1, -(-2 * sum(runs) // target))
+    choices = [least + i * max(least // 8, 1) for i in range(3)]
+    single = [s for s in choices if sum(-(-2 * n // s) for n in runs) <= target]
+    assert share == (single or [least])[0]
+    assert programs <= tables.target_programs
     seen = []
     for p in range(programs):
         mine = []
@@ -53,7 +57,13 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
             new = [(r, j) for j in range(begin, end)]
             assert new and first == tables.runs[r, begin // 2, 0]
             mine += new
-        assert len(mine) == share or p == programs - 1
+        if single:
+            assert tables.program_item[p + 1] == tables.program_item[p] + 1
+            pieces = -(-2 * runs[mine[0][0]] // share)
+            assert len(mine) in (2 * runs[mine[0][0]] // pieces, -(-2 * runs[mine[0][0]] // pieces))
+        else:
+            assert len(mine) == share or p == programs - 1
+        assert len(mine) <= share
         seen += mine
     assert seen == [(r, i) for r in range(num_decodes) for i in range(2 * tables.num_runs[r])]
     items = tables.program_item[programs].item()
@@ -101,6 +111,15 @@ def test_pages_of_a_step_with_gaps_between_their_tokens():
     slots = a + text + b + c + [-1] * 3 + d
     tables = run([[T]], [1], [1], slots, num_decodes=1)
     assert tables.plan[2] == 3
+
+
+@pytest.mark.parametrize(("target", "single"), [(2, False), (3, True), (5, True), (9, True)])
+def test_programs_have_one_request_each_where_they_suffice(target, single):
+    requests = [[T], *([*visual(p, 0, 14), *visual(p + 30, 0, 14), 1] for p in (5, 6, 7))]
+    lens = [len(r) * BLOCK - 3 for r in requests]
+    tables = run(requests, lens, [1] * 4, [16] * 4, num_decodes=4, target=target)
+    programs = tables.plan[0].item()
+    assert (tables.program_item[programs] == programs) == single
 
 
 @pytest.mark.parametrize("decodes", [0, 3])

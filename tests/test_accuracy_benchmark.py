@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,9 @@ from benchmarks import accuracy_report
 from benchmarks.accuracy import PROFILES, Results, main, parse_args, summary_lines
 from benchmarks.accuracy_data import PART, Parts, Row, batches, chat, load_rows, other_questions
 from benchmarks.accuracy_engines import InProcess, Setting
-from benchmarks.accuracy_jobs import Outcome, divide, run_units
+from benchmarks.accuracy_jobs import Message, Outcome, divide, run_units
 from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
+from benchmarks.records import RECORDS
 from tests.serving.test_server import Server
 from tests.tinyvlm import dataset
 from tests.tinyvlm.generator import TASKS
@@ -155,8 +157,7 @@ def test_rows_of_a_file(jsonl: Path) -> None:
 
 
 def test_rows_of_datasets(tmp_path: Path) -> None:
-    """Columns as ChartQA has them, and as DocVQA and TextVQA do, in folders made here."""
-    pytest.importorskip("datasets")
+    """Columns as ChartQA has them, and as DocVQA and TextVQA do; what they ask is answered."""
     examples = list(dataset.examples(count=2, tasks=("field",)))
     for name, question, answer in (("chart", "query", "label"), ("doc", "question", "answers")):
         folder = tmp_path / name / "validation"
@@ -170,6 +171,16 @@ def test_rows_of_datasets(tmp_path: Path) -> None:
         assert (row.task, row.question) == (name, examples[0].question)
         assert row.answers == (examples[0].answer, "x")
         assert row.image.tobytes() == examples[0].image.tobytes()
+    benchmark(
+        *("--data", tmp_path / "chart", tmp_path / "doc", "--suffix", "", "--count", 2),
+        *("--settings", "auto", "--modes", "decode", "--kl-count", 0, "--out", tmp_path),
+    )
+    (setting,) = the_record(tmp_path)["settings"]
+    tasks = setting["modes"]["decode"]["tasks"]
+    assert {task: (found["n"], found["exact_match"]) for task, found in tasks.items()} == {
+        "chart": (2, 100),
+        "doc": (2, 100),
+    }
 
 
 def test_missing_column(tmp_path: Path) -> None:
@@ -252,6 +263,29 @@ def test_what_fails_takes_nothing_along(tmp_path: Path) -> None:
     assert part["modes"]["decode"]["tasks"]["a"]["n"] == PART
     assert part["error"] == "ValueError: no such dtype"
     assert none["modes"] == {} and none["error"] == "ended with exit code 3"
+
+
+def test_a_quick_run_ends_with_its_drops_and_needs_no_matplotlib(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def run(units, settings, parts, args, take) -> None:
+        for i, unit in enumerate(units):
+            report = partial(lambda i, kind, content: take(Message(i, kind, content)), i)
+            engine_of_a_test(unit, settings[unit.setting], parts, args, report)
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which the benchmark adds to
+    monkeypatch.setattr("benchmarks.accuracy.run_units", run)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main(["--quick", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "no plot: matplotlib is not installed" in out
+    last = "accuracy_drop bits1=0.0 bits1.25=0.0 bits1.5=0.0 bits2=0.0"
+    assert out.splitlines()[-1] == last
+    (record,) = tmp_path.iterdir()
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    (pattern,) = (line for line in ignored if line.startswith("benchmarks/records/accuracy"))
+    assert (RECORDS / record.name).relative_to(ROOT).match(pattern)
+    assert not [p for p in RECORDS.glob("accuracy-[0-9]*") if p.relative_to(ROOT).match(pattern)]
 
 
 # Engines.

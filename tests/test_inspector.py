@@ -109,18 +109,42 @@ def test_page_needs_nothing_else(page) -> None:
     assert len(elements.of("rect", **{"class": "output"})) == 2 * 6 * 6
 
 
-def in_browser(page: Path, fragment: str) -> Elements:
-    """What a real browser makes of the page, its script included."""
+def run_browser(page: Path, fragment: str, *options: str) -> str:
+    """What a real browser prints of the page, its script included."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     command = [
-        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", *options),
         *(f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=3000"),
         f"{page.as_uri()}#{fragment}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return Elements(done.stdout)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def in_browser(page: Path, fragment: str) -> Elements:
+    """The page's elements after its script."""
+    return Elements(run_browser(page, fragment, "--dump-dom"))
+
+
+def screenshot(page: Path, fragment: str, width: int, height: int) -> Image.Image:
+    """The page as it is painted, from its top."""
+    file = page.parent / f"{fragment}-{width}.png"
+    size = f"--window-size={width},{height}"
+    run_browser(page, fragment, f"--screenshot={file}", "--hide-scrollbars", size)
+    return Image.open(file).convert("RGB")
+
+
+def assert_painted(shot: Image.Image) -> None:
+    """The colours of four visual pages, text, and nothing in the margins."""
+    pixels = torch.frombuffer(bytearray(shot.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(shot.height, shot.width, 3).int()
+    assert pixels.shape == (1600, shot.width, 3)
+    margins = torch.cat([pixels[:, :16].flatten(0, 1), pixels[:, -16:].flatten(0, 1)])
+    assert torch.equal(margins.unique(dim=0), torch.tensor([[0xF4, 0xF6, 0xFA]]))
+    spread = pixels.amax(-1) - pixels.amin(-1)
+    assert (spread > 40).double().mean() > 0.1  # the picture under its pages
+    assert (pixels.amax(-1) < 80).double().mean() > 0.001  # letters
 
 
 def test_browser_shows_pages(page, data) -> None:
@@ -133,6 +157,8 @@ def test_browser_shows_pages(page, data) -> None:
     assert all(len(f) == 1 for f in fills.values())
     assert len(set.union(*fills.values())) == len(fills) == 4
     assert dom.of("div", id="scale")[0].keys() >= {"hidden"}
+    for width in (1280, 480):
+        assert_painted(screenshot(page, "page-2", width, 1600))
 
 
 def test_browser_shows_attention(page, data) -> None:

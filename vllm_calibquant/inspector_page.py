@@ -33,7 +33,7 @@ td.other { color: #b42318; } .number { font-variant-numeric: tabular-nums; text-
 .picture { display: flex; gap: 24px; flex-wrap: wrap; }
 .picture svg { width: 560px; max-width: 100%; height: auto; border: 1px solid var(--line); }
 fieldset { border: 0; padding: 0; margin: 0 0 14px; } legend { color: var(--soft); padding: 0; }
-label { display: block; cursor: pointer; }
+label { display: flex; gap: 6px; align-items: baseline; cursor: pointer; }
 .legend { height: 12px; width: 220px; border: 1px solid var(--line); }
 .ends { display: flex; justify-content: space-between; width: 220px; font-size: 12px; }
 .maps { display: grid; gap: 18px 28px; grid-template-columns: 90px repeat(3, auto);
@@ -190,8 +190,8 @@ def picture(data: dict[str, Any], image: Image.Image, coded: Sequence[int]) -> s
         f"<fieldset><legend>Show</legend>{''.join(choices)}</fieldset>"
         f"<fieldset><legend>of</legend>{''.join(widths)}</fieldset>{plain}"
         '<div id="scale" hidden><div class="legend" style="background: linear-gradient(to right, '
-        'transparent, rgb(214 40 40))"></div><div class="ends"><span>0</span><span id="top"></span>'
-        "</div></div></div></div>"
+        'transparent, rgb(214 40 40 / 85%))"></div><div class="ends"><span>0</span>'
+        '<span id="top"></span></div></div></div></div>'
     )
 
 
@@ -199,8 +199,8 @@ def radio(name: str, value: str, text: str, *, checked: bool) -> str:
     """One choice of several."""
     mark = " checked" if checked else ""
     return (
-        f'<label><input type="radio" name="{name}" value="{value}"{mark}> {html.escape(text)}'
-        "</label>"
+        f'<label><input type="radio" name="{name}" value="{value}"{mark}>'
+        f"<span>{html.escape(text)}</span></label>"
     )
 
 

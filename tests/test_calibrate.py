@@ -220,10 +220,22 @@ def test_profiles_of_choices(designer: Designer) -> None:
             assert list(part.bits) == sorted(part.bits, reverse=True)
             assert part.bits[::2] == part.bits[1::2]
             assert not part.mean.any()
-    moved = designer.profile(replace(Choice(), splits=((1, (32, 128)),), tau=0.5, max_bits=3))
+    moved = designer.profile(replace(Choice(), splits=((1, (32, 128)),), tau_max=0.5, max_bits=3))
     assert sum(moved.layers[1].key.bits) == 32
     assert moved.calibration == (0.0, 0.5)
     assert max(moved.layers[0].key.bits) == 3
+    lifted = designer.profile(replace(Choice(), exact=(1,), tau_min=0.25))
+    assert lifted.layers_16bit == (1,)
+    assert lifted.calibration == (0.25, 0.0)
+    assert lifted.slots(torch.bfloat16) == 10
+
+
+def test_bytes_with_a_layer_at_16_bits() -> None:
+    """A text page holds 16 tokens, a visual one 16 for each sub-slot."""
+    for head_size, bits, layers in ((64, 1.25, 6), (128, 1.0, 28)):
+        budget = Budget.of(head_size, bits)
+        plain, exact = layers / (16 * budget.slots), (layers - 1) / (16 * budget.slots) + 1 / 16
+        assert budget.times_with_16bit(layers) == pytest.approx(exact / plain)
 
 
 def test_search_keeps_what_helps(designer: Designer) -> None:
@@ -231,19 +243,21 @@ def test_search_keeps_what_helps(designer: Designer) -> None:
 
     def score(choice: Choice) -> Score:
         tried.append(choice)
-        kl = 1.0 - 0.3 * (choice.damping == 1.0) - 0.2 * (choice.tau == 0.5)
+        kl = 1.0 - 0.3 * (choice.damping == 1.0) - 0.2 * (choice.tau_max == 0.5)
         kl -= 0.1 * any(layer == 2 for layer, _ in choice.splits)
         kl -= 0.001 * choice.centred  # noise
+        kl -= 0.05 * (choice.tau_max == 0.25) + 0.05 * (choice.tau_min == 0.5)
         return Score(kl, 1.0, 1.0)
 
     choice, reached, steps = search(designer, score, 99)
     second = designer.ranking(2, choice)[1]
-    assert choice == replace(Choice(), damping=1.0, tau=0.5, splits=((2, second),))
-    assert reached.kl == pytest.approx(0.4)
+    assert choice == replace(Choice(), damping=1.0, tau_min=0.5, tau_max=0.5, splits=((2, second),))
+    assert reached.kl == pytest.approx(0.35)
     names = [
         "closed form",
         "damping 1.0",
-        "tau 0.5",
+        "tau_max 0.5",  # 0.25 is not worth the pass that calibration takes, tau_min then is
+        "tau_min 0.5",
         f"layer 2 with {second[0]} + {second[1]} planes",
     ]
     assert [step for step, _ in steps] == names
@@ -275,7 +289,7 @@ def test_a_search_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 2, 40])
 def test_a_record_cut_short_is_written_again(tmp_path: Path, cut: int) -> None:
     """Whatever a kill leaves of the last line: even all of it but the line feed."""
-    out, task, choices = tmp_path / "p", {"bits": 1.0}, [Choice(), Choice(tau=0.5)]
+    out, task, choices = tmp_path / "p", {"bits": 1.0}, [Choice(), Choice(tau_max=0.5)]
     scores = {choice.key: Score(0.5, 0.9, 0.8) for choice in choices}
     state = State(out, task)
     for key, score in scores.items():
@@ -331,6 +345,12 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
     assert profile.average_bits == 1.25
     assert (profile.notes["prompts"], profile.notes["held_out"]) == (3, 1)
     assert profile.notes["score"]["kl"] > 1e-3  # random weights do not forgive
+    exact = profile.notes["one_layer_16bit"]
+    assert sorted(tried["layer"] for tried in exact) == [0, 1, 2]
+    assert exact[0]["kl"] < exact[-1]["kl"]
+    assert exact[0]["kl"] < profile.notes["score"]["kl"]
+    assert f'"layers_16bit": [{exact[0]["layer"]}]' in said
+    assert "would take 4 times the bytes" in said
 
     # Without the held-out prompt's moments nothing is as good as with them.
     main([*command, "--seconds", "0", "--out", str(tmp_path / "new"), "--against", str(out)])
@@ -357,20 +377,22 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
         assert len(runs[0][1]) == 1 < len(runs[1][1])
         assert torch.equal(runs[1][1], alone[1])
         ids, logprobs = runs[0][0], probe._logprobs(runs[0][1])[0]
+        with probe._mode("codes", exact=(1,)):
+            lifted = probe._logprobs(next(probe._run(asked))[1])[0]
         with probe._mode("exact"):
             exact = probe._logprobs(next(probe._run(asked))[1])[0]
-    with Engine(checkpoint, "calibquant1", {"profile": str(out)}) as engine:
-        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
-        other = [
-            {**messages[0], "content": [messages[0]["content"][0], {"type": "text", "text": "?"}]}
-        ]
-        engine.llm.chat(other, params, use_tqdm=False)
-        served = Served.of(engine.llm.chat(messages, params, use_tqdm=False)[0])
-    assert served.hit == 256
-    assert list(served.prompt) == list(ids)
-    for token, logprob in served.logprobs[0].items():
-        assert logprobs[token].item() == pytest.approx(logprob, abs=1e-3)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+    other = [{**messages[0], "content": [messages[0]["content"][0], {"type": "text", "text": "?"}]}]
+    for settings, expected in (({}, logprobs), ({"layers_16bit": [1]}, lifted)):
+        with Engine(checkpoint, "calibquant1", {"profile": str(out), **settings}) as engine:
+            engine.llm.chat(other, params, use_tqdm=False)
+            served = Served.of(engine.llm.chat(messages, params, use_tqdm=False)[0])
+        assert served.hit == 256
+        assert list(served.prompt) == list(ids)
+        for token, logprob in served.logprobs[0].items():
+            assert expected[token].item() == pytest.approx(logprob, abs=1e-3)
     assert (logprobs - exact).abs().max() > 1e-2
+    assert (logprobs - lifted).abs().max() > 1e-2
 
 
 def test_an_interrupted_command_goes_on(
@@ -412,7 +434,7 @@ def test_an_interrupted_command_goes_on(
     asked.append(0)  # from here on scores are not interrupted
     main(command)
     assert "held out from the statistics" in capsys.readouterr().out
-    assert (asked, len(scored)) == ([2, 1, 0], 3)
+    assert (asked, len(scored)) == ([2, 1, 0], 3 + 3)  # each layer at 16 bits, in the end
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     notes = load_profile(out).notes
     assert notes["steps"][0][1] == scored[0]  # as the first run had it

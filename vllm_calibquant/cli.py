@@ -47,7 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--held-out", type=int, default=90, help="of them, to judge by")
     add("--seed", type=int, default=1, help="of synthetic data")
     add("--max-tokens", type=int, default=32, help="of the 16-bit model's answers")
-    add("--trials", type=int, default=40, help="profiles to try at most")
+    add(
+        "--trials",
+        type=int,
+        default=48,
+        help="profiles to try at most, besides what each layer would gain at 16 bits",
+    )
     add("--seconds", type=float, help="try no further profile when the command has run so long")
     add(
         "--against",

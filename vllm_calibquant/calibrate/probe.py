@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -322,9 +322,9 @@ class Probe:
         self.watched.logits = model.compute_logits  # type: ignore[assignment]
 
     @contextmanager
-    def _mode(self, mode: Mode) -> Iterator[None]:
-        for layer in self.watched.layers.values():
-            layer.mode = mode
+    def _mode(self, mode: Mode, exact: Container[int] = ()) -> Iterator[None]:
+        for index, layer in self.watched.layers.items():
+            layer.mode = "exact" if index in exact else mode
         try:
             yield
         finally:
@@ -375,10 +375,13 @@ class Probe:
         asked: Sequence[tuple[Prompt, Answer]],
         references: Sequence[Reference],
     ) -> Score:
-        """Compare the answers' distributions under a profile with those at 16 bits."""
+        """Compare the answers' distributions under a profile with those at 16 bits.
+
+        Layers that the profile leaves at 16 bits are left so.
+        """
         self.use(profile)
         divergences, same = [], []
-        with self._mode("codes"):
+        with self._mode("codes", profile.layers_16bit):
             for (_, hidden), reference in zip(self._run(asked), references, strict=True):
                 logprobs = self._logprobs(hidden)
                 divergences.append(divergence(reference, logprobs))
@@ -390,9 +393,9 @@ class Probe:
         )
 
     def use(self, profile: Profile) -> None:
-        """Let all layers store and read with a profile's codecs from now on."""
-        for index, layer in self.watched.layers.items():
-            impl = layer.impl
+        """Let the layers of a profile store and read with its codecs from now on."""
+        for index in profile.layers:
+            impl = self.watched.layers[index].impl
             impl.use_codec(
                 Codec.of_profile(
                     profile,

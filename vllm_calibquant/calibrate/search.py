@@ -37,6 +37,11 @@ from vllm_calibquant.profile import (
 MAX_BITS = 4
 WORTHWHILE = 0.99
 """A step is kept if it lowers the divergence at least to this share: less is noise."""
+CALIBRATION_WORTHWHILE = 0.9
+"""The same where a step turns on the calibration of scores, for which kernels take a pass more."""
+
+SHOWN = 3
+"""Layers of which the summary says what leaving one of them at 16 bits would gain."""
 
 Split = tuple[int, int]
 """Planes of K and of V in a layer, a token and KV head."""
@@ -54,15 +59,23 @@ class Choice:
     """Whether the mean over calibration prompts is taken off before coding."""
     factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
     """Range factors of components with 1, 2, 3 and 4 bits."""
-    tau: float = 0.0
-    """tau_max of the calibration of scores."""
+    tau_min: float = 0.0
+    tau_max: float = 0.0
+    """With ``tau_min``, how far calibration moves the ends of visual scores down."""
     splits: tuple[tuple[int, Split], ...] = ()
     """Layers whose planes are not split as the moments predict."""
+    exact: tuple[int, ...] = ()
+    """Layers left at 16 bits: beyond the byte budget, and so no step of the search."""
 
     @property
     def key(self) -> str:
         """Name in the log of the search."""
         return json.dumps(asdict(self))
+
+    @property
+    def calibration(self) -> tuple[float, float] | None:
+        """tau_min and tau_max, or None for no calibration of scores."""
+        return (self.tau_min, self.tau_max) if self.tau_min or self.tau_max else None
 
 
 STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -72,13 +85,19 @@ STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("centred", (True,)),
     ("factors", ((0.5, 0.85, 1.0, 1.0), (0.7, 0.85, 1.0, 1.0))),
     ("factors", ((0.6, 0.75, 1.0, 1.0), (0.6, 0.95, 1.0, 1.0))),
-    ("tau", (0.5,)),
+    ("tau_max", (0.25, 0.5, 1.0)),
+    ("tau_min", (0.5, 1.0)),
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Planes of a token and KV head, and what pages make of them."""
+    """Planes of a token and KV head, and what pages make of them.
+
+    All layers have the same: they share block ids, so that a page has as many sub-slots in each of
+    them, and the page of each has the same bytes.  Planes that one layer gave away would leave
+    bytes unused there and fit in no other.
+    """
 
     head_size: int
     planes: int
@@ -113,6 +132,10 @@ class Budget:
     def bits(self) -> float:
         """Average bits that there really are."""
         return self.planes / (2 * self.head_size)
+
+    def times_with_16bit(self, layers: int) -> float:
+        """Bytes of a visual token with one of so many layers at 16 bits, over those with none."""
+        return (self.slots + layers - 1) / layers
 
 
 def _even(head_size: int, planes: int) -> tuple[int, ...]:
@@ -153,13 +176,14 @@ class Designer:
         moved = dict(choice.splits)
         layers = {}
         for i in self.moments:
+            if i in choice.exact:
+                continue
             split = moved.get(i) or self.ranking(i, choice)[0]
             parts = (
                 self._part(i, n, p, choice) for n, p in zip(("key", "value"), split, strict=True)
             )
             layers[i] = LayerProfile(*parts)
-        calibration = (0.0, choice.tau) if choice.tau else None
-        return Profile(self.model, layers, calibration, notes or {})
+        return Profile(self.model, layers, choice.calibration, notes or {})
 
     def ranking(self, layer: int, choice: Choice) -> list[Split]:
         """Splits of a layer by the damage that the moments predict, least first."""
@@ -319,7 +343,9 @@ def search(
                 return best, reached, steps
             limit -= 1
             found = score(option)
-            if found.kl < WORTHWHILE * reached.kl:
+            turned_on = option.calibration and not best.calibration
+            share = CALIBRATION_WORTHWHILE if turned_on else WORTHWHILE
+            if found.kl < share * reached.kl:
                 steps.append((_difference(best, option), found.kl))
                 best, reached = option, found
     return best, reached, steps
@@ -346,7 +372,7 @@ class Task:
     held_out: int = 90
     seed: int = 1
     max_tokens: int = 32
-    trials: int = 40
+    trials: int = 48
     seconds: float | None = None
     against: Path | None = None
     llm: Mapping[str, Any] = field(default_factory=dict)
@@ -383,7 +409,7 @@ def calibrate(task: Task) -> str:
                 references, held_moments = _references(probe, held, bar)
                 _, moments = _references(probe, rest, bar)
             designer = Designer(model, budget, moments)
-            total = min(task.trials, _most_trials(designer)) + 1
+            total = min(task.trials, _most_trials(designer)) + 1 + len(designer.moments)
             with tqdm(total=total, desc="search", unit="profile") as bar:
 
                 def score(choice: Choice) -> Score:
@@ -391,15 +417,22 @@ def calibrate(task: Task) -> str:
                         found = probe.score(designer.profile(choice), held, references)
                         state.keep({"choice": choice.key, "score": asdict(found)})
                     bar.update()
-                    bar.set_postfix_str(f"KL {min(s.kl for s in state.scores.values()):.3g}")
+                    bar.set_postfix_str(f"KL {state.scores[choice.key].kl:.3g}")
                     return state.scores[choice.key]
 
                 def in_time() -> bool:
                     return task.seconds is None or time.perf_counter() < begin + task.seconds
 
                 choice, reached, steps = search(designer, score, task.trials, in_time)
-            before = None if older is None else probe.score(older, held, references)
-    if before is not None and before.kl < reached.kl:
+                before = None if older is None else probe.score(older, held, references)
+                worse = before is not None and before.kl < reached.kl
+                # The moments cannot say which: damage in one layer weighs more than in another.
+                exact = [
+                    {"layer": layer, **asdict(score(replace(choice, exact=(layer,))))}
+                    for layer in moments
+                    if len(moments) > 1 and not worse and in_time()
+                ]
+    if before is not None and worse:
         state.remove()
         return (
             f"\n{task.against} has a divergence of {before.kl:.4g} nats and nothing found here has "
@@ -415,6 +448,8 @@ def calibrate(task: Task) -> str:
         "score": asdict(reached),
         "against": before and asdict(before),
         "steps": steps,
+        "one_layer_16bit": sorted(exact, key=lambda tried: tried["kl"]),
+        "bytes_with_one_layer_16bit": round(budget.times_with_16bit(model.num_layers), 3),
         "seconds": round(time.perf_counter() - begin),
     }
     every = {i: m + held_moments[i] for i, m in moments.items()}
@@ -453,6 +488,17 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
             for part in (layer.key, layer.value)
         ]
         lines.append(f"  layer {i:2d}   K {cells[0]:24} V {cells[1]}")
+    if notes["one_layer_16bit"]:
+        lines += [
+            "",
+            "With one layer at 16 bits a visual token would take "
+            f"{notes['bytes_with_one_layer_16bit']:.3g} times the bytes, and vLLM's pool",
+            "would be split into groups. Divergence with such a setting beside the profile:",
+            *(
+                f'  {tried["kl"]:8.4f}  "layers_16bit": [{tried["layer"]}]'
+                for tried in notes["one_layer_16bit"][:SHOWN]
+            ),
+        ]
     section = json.dumps({"calibquant": {"profile": str(task.out)}})
     return "\n".join(
         [

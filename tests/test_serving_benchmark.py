@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -101,6 +102,7 @@ def test_a_record_is_compact_and_names_its_origin(record: Path):
     assert len(record.read_text()) < 100_000
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_a_record_names_the_commit_of_the_working_copy(tmp_path: Path, monkeypatch):
     copy = tmp_path / "copy"
     copy.mkdir()

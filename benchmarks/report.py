@@ -1,7 +1,7 @@
-"""Tables and plots of the README, made from records alone: ``python -m benchmarks.report``.
+"""Tables and plots of README.md and docs/serving.md, from records: ``python -m benchmarks.report``.
 
-A table stands between two marks in ``README.md``; nobody edits it by hand, and ``--check`` fails
-where README or plots do not say what the records say.  A plot carries a digest of the numbers that
+A table stands between two marks in a document; nobody edits it by hand, and ``--check`` fails where
+documents or plots do not say what the records say.  A plot carries a digest of the numbers that
 it shows, so that checking needs no matplotlib.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from benchmarks.serving_summary import (
 )
 
 README = Path(__file__).parents[1] / "README.md"
+DETAILS = README.parent / "docs" / "serving.md"
 PLOT = "serving-visual-share.png"
 DIGEST = "Digest"
 
@@ -284,21 +285,28 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def render(text: str, folder: Path) -> str:
-    """A README with its regions made anew from a folder of records.
+DOCUMENTS = {
+    README: tuple(REGIONS)[:4] + tuple(REGIONS)[-1:],
+    DETAILS: tuple(REGIONS)[4:-1],
+}
+"""Which regions stand where: what decides whether codes are for a reader, and all the rest."""
+
+
+def render(text: str, folder: Path, regions: Iterable[str] = tuple(REGIONS)) -> str:
+    """A document with its regions made anew from a folder of records.
 
     Raises
     ------
     ValueError
         If a region's marks are missing.
     """
-    for name, make in REGIONS.items():
+    for name in regions:
         first, last = begin(name), end(name)
         if text.count(first) != 1 or text.count(last) != 1:
-            raise ValueError(f"README.md needs the marks {first!r} and {last!r}, once each")
+            raise ValueError(f"the marks {first!r} and {last!r} are needed, once each")
         head, rest = text.split(first)
         tail = rest.split(last)[1]
-        text = "\n".join([head + first, "", *make(folder), "", last]) + tail
+        text = "\n".join([head + first, "", *REGIONS[name](folder), "", last]) + tail
     return text
 
 
@@ -374,12 +382,15 @@ def plot_digest(path: Path) -> str | None:
         return image.info.get(DIGEST)
 
 
-def problems(readme: Path = README, folder: Path = RECORDS) -> list[str]:
-    """Where README and plots do not say what the records say."""
+def problems(
+    documents: Mapping[Path, Iterable[str]] = DOCUMENTS, folder: Path = RECORDS
+) -> list[str]:
+    """Where documents and plots do not say what the records say."""
     found = []
-    text = readme.read_text(encoding="utf-8")
-    if render(text, folder) != text:
-        found.append(f"{readme.name} does not say what the records say")
+    for path, regions in documents.items():
+        text = path.read_text(encoding="utf-8")
+        if render(text, folder, regions) != text:
+            found.append(f"{path.name} does not say what the records say")
     for name, (data, _) in plots(folder).items():
         if data and plot_digest(folder / name) != digest(data):
             found.append(f"{name} does not show what the records say")
@@ -393,13 +404,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         found = problems()
-        print("\n".join(found) or "README and plots agree with the records")
+        print("\n".join(found) or "documents and plots agree with the records")
         sys.exit(bool(found))
-    README.write_text(render(README.read_text(encoding="utf-8"), RECORDS), encoding="utf-8")
+    for path, regions in DOCUMENTS.items():
+        text = render(path.read_text(encoding="utf-8"), RECORDS, regions)
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.name}: {', '.join(regions)}")
     for name, (data, draw) in plots(RECORDS).items():
         if data:
             draw(data, RECORDS / name)
-    print(f"{README.name}: {', '.join(REGIONS)}")
 
 
 if __name__ == "__main__":

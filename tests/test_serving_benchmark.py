@@ -305,13 +305,13 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     assert report.render(text, tmp_path) == text
     readme.write_text(text)
     data = report.plot_data(load_runs(tmp_path))
-    assert [p.split(";")[0] for p in report.problems(readme, tmp_path)] == [
+    assert [p.split(";")[0] for p in report.problems({readme: report.REGIONS}, tmp_path)] == [
         f"{report.PLOT} does not show what the records say"
     ]
     pytest.importorskip("matplotlib", reason="plots are drawn where matplotlib is installed")
     report.plot(data, tmp_path / report.PLOT)
-    assert report.problems(readme, tmp_path) == []
+    assert report.problems({readme: report.REGIONS}, tmp_path) == []
     readme.write_text(text.replace("85 against", "95 against"))
-    assert len(report.problems(readme, tmp_path)) == 1
+    assert len(report.problems({readme: report.REGIONS}, tmp_path)) == 1
     with pytest.raises(ValueError, match="needs the marks"):
         report.render("no marks", tmp_path)

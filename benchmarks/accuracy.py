@@ -54,6 +54,7 @@ from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
 from benchmarks.records import (
     environment,
     newest_record,
+    options,
     print_table,
     record_path,
     save_record,
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     start = {
         **environment(),
         # Settings have spaces, and the line is to be run again.
-        "command": f"python -m benchmarks.{NAME} {shlex.join(argv or sys.argv[1:])}",
+        "command": f"python -m benchmarks.{NAME} {shlex.join(options(argv or sys.argv[1:]))}",
         "model": "servers" if args.base_url else model,
         "data": args.data or f"tests/tinyvlm, split {args.split}, seed {args.seed}",
         "count": args.count,

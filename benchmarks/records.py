@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def environment() -> dict[str, Any]:
         device, driver = next(iter(_nvidia_smi("name", "driver_version")), [device, None])
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *_options()]),
+        "command": shlex.join(
+            ["python", "-m", sys.modules["__main__"].__spec__.name, *options(sys.argv[1:])]
+        ),
         "device": device,
         "driver": driver,
         "commit": commit(),
@@ -51,16 +54,16 @@ def commit(folder: Path = Path(__file__).parent) -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _options() -> list[str]:
-    """Those of this process, but for where results go, which is no part of what was measured."""
-    given = iter(sys.argv[1:])
-    options = []
+def options(arguments: Sequence[str]) -> list[str]:
+    """All but where results go, which is no part of what was measured."""
+    given = iter(arguments)
+    kept = []
     for option in given:
         if option in ("--out", "--log-dir"):
             next(given, None)
         elif not option.startswith(("--out=", "--log-dir=")):
-            options.append(option)
-    return options
+            kept.append(option)
+    return kept
 
 
 def gpu_names() -> dict[str, str]:

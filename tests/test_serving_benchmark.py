@@ -313,5 +313,5 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     assert report.problems({readme: report.REGIONS}, tmp_path) == []
     readme.write_text(text.replace("85 against", "95 against"))
     assert len(report.problems({readme: report.REGIONS}, tmp_path)) == 1
-    with pytest.raises(ValueError, match="needs the marks"):
+    with pytest.raises(ValueError, match="are needed, once each"):
         report.render("no marks", tmp_path)

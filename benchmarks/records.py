@@ -31,11 +31,11 @@ def environment() -> dict[str, Any]:
     device, driver = platform.processor() or platform.machine(), None
     if torch.cuda.is_available():
         device, driver = next(iter(_nvidia_smi("name", "driver_version")), [device, None])
+    module = sys.modules["__main__"].__spec__  # None where a file or a string was run
+    program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "-m", sys.modules["__main__"].__spec__.name, *options(sys.argv[1:])]
-        ),
+        "command": shlex.join(["python", *program, *options(sys.argv[1:])]),
         "device": device,
         "driver": driver,
         "commit": commit(),

@@ -185,8 +185,10 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         requests = common_attn_metadata.req_idx
         rows = [] if requests is None else requests.tolist()
         visual = BLOCK_ROWS.any_visual(rows)
-        ends = [BLOCK_ROWS.visual_end(row) * BLOCK_SIZE for row in rows] if visual else []
-        codes = common_attn_metadata.max_query_len > 1 and _any_new(common_attn_metadata, ends)
+        ends: list[int] = []  # a step of decodes, the frequent one, has no use for them
+        if visual and common_attn_metadata.max_query_len > 1:
+            ends = [BLOCK_ROWS.visual_end(row) * BLOCK_SIZE for row in rows]
+        codes = _any_new(common_attn_metadata, ends)
         stock = not (codes or BLOCK_ROWS.any_recycled(rows))
         return self._build(common_attn_metadata, fast_build, visual, ends, codes, stock)
 

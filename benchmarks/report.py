@@ -285,11 +285,16 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-DOCUMENTS = {
-    README: tuple(REGIONS)[:4] + tuple(REGIONS)[-1:],
-    DETAILS: tuple(REGIONS)[4:-1],
-}
-"""Which regions stand where: what decides whether codes are for a reader, and all the rest."""
+DECISIVE = (
+    "decode kernels",
+    "accuracy",
+    "accuracy with profiles",
+    "serving goals",
+    "serving crossings",
+)
+"""Regions that decide whether codes are for a reader: the README's."""
+
+DOCUMENTS = {README: DECISIVE, DETAILS: tuple(name for name in REGIONS if name not in DECISIVE)}
 
 
 def render(text: str, folder: Path, regions: Iterable[str] = tuple(REGIONS)) -> str:

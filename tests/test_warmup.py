@@ -97,10 +97,11 @@ def make_parts(
         device="cpu",
         num_sms=num_sms,
     )
-    step = cuda.Step()
+    step = cuda.Step(tables)
     builder = object.__new__(cuda.MixedCUDAMetadataBuilder)
     vars(builder).update(
         tables=tables,
+        no_pages=tables,
         step=step,
         device=torch.device("cpu"),
         kv_cache_spec=SimpleNamespace(dtype=dtype),
@@ -137,7 +138,7 @@ def make_parts(
             tables, heads, head_size, codec.page_format.value_planes
         ),
         step=step,
-        text_stream=torch.cuda.current_stream(),
+        codes_stream=torch.cuda.current_stream(),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=head_size,
@@ -196,7 +197,6 @@ class Server:
         codes = any(end > cached for end, cached in zip(visual, context, strict=True))
         metadata = self.builder._build(common, False, True, visual, codes)
         metadata.captured = captured
-        impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, common.slot_mapping)
         output = torch.empty(query.shape, dtype=torch.bfloat16)
         impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output)
 

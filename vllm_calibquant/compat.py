@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.config import DTYPE_BITS, ConfigError
+from vllm_calibquant.text_graphs import capture_both, run_either
 
 VLLM_VERSIONS = ("0.32.0",)
 """vLLM releases whose private names are known here; all other releases are refused."""
@@ -96,6 +97,12 @@ PATCHES = (
         "the block table lives on the GPU, and a batch without visual pages must take vLLM's own "
         "path without asking the GPU",
         "when attention metadata carries block ids on the host",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture, run_fullgraph",
+        "capture every decode graph a second time, for batches of text, and replay one of the two",
+        "a graph that reads codes costs a batch of text two launches a layer",
+        "when a backend can name the kind of a batch in the descriptor of its graph",
     ),
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
@@ -217,6 +224,37 @@ def watch_block_tables() -> None:
 
     append_block_ids.__calibquant__ = True  # type: ignore[attr-defined]
     BlockTables.append_block_ids = append_block_ids
+
+
+def add_text_graphs() -> None:
+    """Let a GPU worker have CUDA graphs of batches of text (:mod:`vllm_calibquant.text_graphs`)."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    original_capture, original_run = CudaGraphManager.capture, CudaGraphManager.run_fullgraph
+    if getattr(original_capture, "__calibquant__", False):
+        return
+
+    def ours(manager: Any) -> bool:
+        return manager.vllm_config.cache_config.cache_dtype in DTYPE_BITS
+
+    @functools.wraps(original_capture)
+    def capture(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not ours(self):
+            original_capture(self, *args, **kwargs)
+            return
+        capture_both(self, CUDAGraphMode.FULL, lambda: original_capture(self, *args, **kwargs))
+
+    @functools.wraps(original_run)
+    def run_fullgraph(self: Any, desc: Any) -> None:
+        if not ours(self):
+            original_run(self, desc)
+            return
+        run_either(self, lambda: original_run(self, desc))
+
+    capture.__calibquant__ = True  # type: ignore[attr-defined]
+    CudaGraphManager.capture = capture
+    CudaGraphManager.run_fullgraph = run_fullgraph
 
 
 def scheduler_of(llm: Any) -> Any:

@@ -48,6 +48,7 @@ def register() -> None:
     else:
         compat.add_backend(CUDA_BACKEND)
         compat.watch_block_tables()
+        compat.add_text_graphs()
     compat.add_spec(MixedPageSpec, MixedPageManager)
     compat.wrap_platform("get_attn_backend_cls", select_backend)
     compat.wrap_platform("validate_request", admission.validate_request)

@@ -2,11 +2,11 @@
 
 A step is served in one of three ways:
 
-* *stock*: no request of the batch has a visual page, which the host knows; vLLM's own path.
+* *stock*: no request of the batch has a visual page, which the host knows; vLLM's own path, which
+  has CUDA graphs of its own (:mod:`vllm_calibquant.text_graphs`).
 * *decode*: every request has one new token.  FlashAttention reads the text blocks through a compact
   block table, our split kernel reads the visual pages, and a merge joins the two.  This is the way
-  that CUDA graphs hold: where a batch has no visual page, our kernels find empty tables and the
-  merge leaves FlashAttention's output as it is.
+  that the other CUDA graphs hold, with the visual pages as a branch of their own.
 * *mixed*: decodes as above, and requests with more new tokens.  Where all new tokens are text, as
   those of a question about a cached image are, one call of FlashAttention serves the text of all
   requests.  Otherwise the new tokens among themselves (from K and V in hand, so that prefill is
@@ -15,8 +15,9 @@ A step is served in one of three ways:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -48,12 +49,16 @@ from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.quantize import RangeEstimator
 from vllm_calibquant.tags import is_visual
+from vllm_calibquant.text_graphs import GRAPH_KIND
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
 
 class MixedCUDABackend(MixedBackend, FlashAttentionBackend):
     """vLLM's FlashAttention backend with 16-token pages, some of which hold codes."""
+
+    # Codes can then be attended to while new tokens are stored: only text waits for those.
+    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_impl_cls() -> type[MixedCUDAImpl]:
@@ -100,6 +105,8 @@ class Prefills:
 class Step:
     """What layers know of a step when they write its tokens; one for all layers."""
 
+    tables: kernels.StepTables
+    """Which visual pages it writes."""
     codes: bool = True
     """Whether a new token may be visual."""
     stock: bool = False
@@ -152,8 +159,9 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             num_kv_heads=kv_cache_spec.num_kv_heads,
             device=device,
         )
-        text_stream = torch.cuda.Stream(device)
-        self.step = Step()
+        self.no_pages = replace(self.tables, plan=torch.zeros_like(self.tables.plan))
+        codes_stream = torch.cuda.Stream(device)
+        self.step = Step(self.tables)
         bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         # While a profile is searched for, widths change.
@@ -163,15 +171,16 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         for layer in layers.values():
             layer.impl.tables = self.tables
             layer.impl.scratch = scratch
-            layer.impl.text_stream = text_stream
+            layer.impl.codes_stream = codes_stream
             layer.impl.step = self.step
         warm_up(self, layers, images=vllm_config.model_config.is_multimodal_model)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> MixedCUDAMetadata:
-        """Metadata of a dummy batch: what is captured must serve batches with visual pages."""
-        metadata = self._build(common_attn_metadata, fast_build=False, visual=True)
+        """Metadata of a dummy batch, of the kind that is being captured."""
+        GRAPH_KIND.text = GRAPH_KIND.capturing_text
+        metadata = self._build(common_attn_metadata, False, visual=not GRAPH_KIND.text)
         metadata.captured = True
         return metadata
 
@@ -185,6 +194,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         requests = common_attn_metadata.req_idx
         rows = [] if requests is None else requests.tolist()
         visual = BLOCK_ROWS.any_visual(rows)
+        GRAPH_KIND.text = not visual
         ends: list[int] = []  # a step of decodes, the frequent one, has no use for them
         if visual and common_attn_metadata.max_query_len > 1:
             ends = [BLOCK_ROWS.visual_end(row) * BLOCK_SIZE for row in rows]
@@ -219,9 +229,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         prefills = common.max_query_len > 1
         self.step.codes = codes and prefills  # a request with one new token has filled no page
         self.step.stock = stock
-        if prefills and not visual:
-            if not stock:  # our store reads them
-                self._build_tables(common)
+        self.step.tables = self.tables if visual else self.no_pages
+        if not visual:
             return MixedCUDAMetadata(**vars(super().build(0, common, fast_build)))
         num_decodes, num_prefills, num_decode_tokens = self._build_tables(common)
         tables, only_text = self.tables, not codes
@@ -288,8 +297,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     tables: kernels.StepTables
     """Tables of the step; the metadata builder puts its own here."""
     scratch: kernels.DecodeScratch
-    text_stream: torch.cuda.Stream
-    """Where graphs have the text's part of a decode step."""
+    codes_stream: torch.cuda.Stream
+    """Where graphs have the visual pages of a decode step."""
     step: Step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -338,7 +347,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             key = torch.where(coded, basis.key.encode(key), key)
             value = torch.where(coded, basis.value.encode(value), value)
         kernels.store(
-            self.tables,
+            self.step.tables,
             self.page_format,
             key,
             value,
@@ -359,8 +368,18 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of a step; shapes as in vLLM's FlashAttention backend."""
+        """Write the tokens of a step and attend; shapes as in vLLM's FlashAttention backend."""
+
+        def store() -> None:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+
+        def text() -> tuple[torch.Tensor, torch.Tensor]:
+            store()
+            return self._text(query, kv_cache, attn_metadata)
+
         if attn_metadata is None or not attn_metadata.visual:
+            if attn_metadata is not None:
+                store()
             return super().forward(
                 layer,
                 query,
@@ -372,20 +391,18 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        text_stream = None
-        if attn_metadata.captured:
-            # In a graph the text is a branch beside the codes; launched one by one, that would
-            # cost the host more than the device gains.
-            text_stream = self.text_stream
-            text_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(text_stream):
-            text = self._text(query, kv_cache, attn_metadata)
         n = attn_metadata.num_decodes
+        if attn_metadata.captured:
+            self.codes_stream.wait_stream(torch.cuda.current_stream())
+            self._decode(query[:n], kv_cache, text, self.codes_stream, output[:n])
+            return output
+        # Launched one by one, branches would cost the host more than the device gains.
+        of_text = text()
         if n:
-            of_decodes = text[0][:n], text[1][:, :n]
-            self._decode(query[:n], kv_cache, of_decodes, text_stream, output[:n])
+            of_decodes = of_text[0][:n], of_text[1][:, :n]
+            self._decode(query[:n], kv_cache, of_decodes, None, output[:n])
         if attn_metadata.prefills is not None:
-            self._prefill(query, key, value, kv_cache, attn_metadata, text, output)
+            self._prefill(query, key, value, kv_cache, attn_metadata, of_text, output)
         return output
 
     def _text(
@@ -422,11 +439,11 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor],
-        text_stream: torch.cuda.Stream | None,
+        text: tuple[torch.Tensor, torch.Tensor] | Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        codes_stream: torch.cuda.Stream | None,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one new token of each request, of which the text is done."""
+        """Attention of one new token of each request, given their text or what computes it."""
         basis = self.codec.basis
         if basis is None:
             kernels.decode_attention(
@@ -439,25 +456,28 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 scale=self.scale,
                 calibration=self.calibration,
                 text=text,
-                text_stream=text_stream,
+                codes_stream=codes_stream,
             )
             return
-        turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
-        codes = torch.empty_like(query, dtype=torch.float32)
-        lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
-        kernels.decode_attention(
-            self.tables,
-            self.scratch,
-            self.page_format,
-            turned,
-            kv_cache,
-            codes,
-            scale=self.scale,
-            calibration=self.calibration,
-            lse=lse,
-        )
-        if text_stream is not None:
-            torch.cuda.current_stream().wait_stream(text_stream)
+        with torch.cuda.stream(codes_stream):
+            turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
+            codes = torch.empty_like(query, dtype=torch.float32)
+            lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
+            kernels.decode_attention(
+                self.tables,
+                self.scratch,
+                self.page_format,
+                turned,
+                kv_cache,
+                codes,
+                scale=self.scale,
+                calibration=self.calibration,
+                lse=lse,
+            )
+        if callable(text):
+            text = text()
+        if codes_stream is not None:
+            torch.cuda.current_stream().wait_stream(codes_stream)
         kernels.merge_turned(
             output,
             (codes, lse),

@@ -130,7 +130,5 @@ def serve_empty_step(
     metadata = builder._build(common, fast_build=False, visual=True, codes=not shape.only_text)
     metadata.captured = shape.captured
     for layer in layers:
-        impl = layer.impl
-        impl.do_kv_cache_update(layer, key, value, kv_cache, common.slot_mapping)
         output = query.new_empty(query.shape)
-        impl.forward(layer, query, key, value, kv_cache, metadata, output)
+        layer.impl.forward(layer, query, key, value, kv_cache, metadata, output)

@@ -118,7 +118,6 @@ class Server:
         metadata.captured = captured
         assert metadata.visual
         output = torch.full_like(query, float("nan"))
-        impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, common.slot_mapping)
         impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output)
 
         fmt, d = impl.page_format.page, impl.head_size

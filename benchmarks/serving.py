@@ -230,6 +230,7 @@ class HttpServer:
             self.directory, job["dtype"], job["arguments"], self.log, self.env
         )
         load = serving_http.DRY_LOAD if job["dry_run"] else serving_http.Load()
+        load = load._replace(repeats=job["plan"].get("http_repeats", load.repeats))
         begin = time.monotonic()
         try:
             for cell in serving_http.measure(

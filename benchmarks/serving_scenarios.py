@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.serving_engine import BenchEngine, Completion, Picture, Run
+from benchmarks.serving_http import DRY_LOAD, Load
 
 GB = 1e9
 BEFORE, AFTER = 10, 8
@@ -59,6 +60,8 @@ class Plan:
     mix_tokens: int = 3328
     mix_shares: tuple[int, ...] = (0, 25, 50, 75, 90, 100)
     mix_outputs: int = 48
+    http_repeats: int = Load().repeats
+    """Of what :mod:`benchmarks.serving_http` repeats."""
     cell_limit_s: float = 60
     """A cell that takes longer is cut off, and says so."""
 
@@ -95,6 +98,7 @@ DRY_RUN = Plan(
     mix_tokens=512,
     mix_shares=(0, 50, 100),
     mix_outputs=6,
+    http_repeats=DRY_LOAD.repeats,
     cell_limit_s=20,
 )
 """The same on the CPU, with ``internvl-tiny``."""

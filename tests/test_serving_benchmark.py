@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import report, serving, serving_http, serving_summary
 from benchmarks.records import commit, save_record
+from benchmarks.serving_scenarios import DRY_RUN, Plan
 from benchmarks.serving_summary import (
     ROWS,
     Goal,
@@ -82,10 +83,111 @@ def test_a_server_answers_all_that_is_asked_over_http(record: Path):
     for what, requests in asked.items():
         cell = cells[what]
         assert (cell["requests"], cell["failed"]) == (requests, 0)
-        assert len(cell["first_token_ms"]) == requests
-        assert 0 < len(cell["inter_token_ms"]) <= 256
+        (once,) = cell["repeats"]
+        assert len(once["first_token_ms"]) == requests
+        assert 0 < len(once["inter_token_ms"]) <= 256
     assert cells["questions on images"]["hit_rate"] > 0.3
     assert cells["compiled while serving"]["kernels"] == "none"
+
+
+class FakeServer:
+    """Answers at once; half of the prompt tokens of each run hit."""
+
+    port = 1
+
+    def __init__(self) -> None:
+        self.looked = 0
+
+    def wait(self, seconds: float) -> None:
+        """It has started."""
+
+    def prefix_hits(self) -> tuple[float, float]:
+        """Asked before and after each run."""
+        self.looked += 1
+        return 50 * self.looked, 100 * self.looked
+
+    def compiled_late(self) -> str:
+        """Nothing."""
+        return "none"
+
+
+class FakeClient:
+    """Runs whose figures are given; text of fixed lengths is the first load of each turn."""
+
+    def __init__(self, rates: list[float], fails_at: int | None = None) -> None:
+        self.rates, self.fails_at = rates, fails_at
+        self.ran: list[dict[str, str]] = []
+
+    def run(self, arguments: list[str], result: Path, limit_s: float) -> dict:
+        """The next of them."""
+        number = len(self.ran)
+        if number == self.fails_at:
+            raise RuntimeError("it took longer")
+        pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+        self.ran.append({"file": result.name} | {k: v for k, v in pairs if k.startswith("--")})
+        rate = self.rates[number]
+        figures = dict.fromkeys(("median_ttft_ms", "p99_ttft_ms", "median_itl_ms"), rate / 10)
+        figures |= {"request_throughput": rate / 100, "output_throughput": rate}
+        times = {"ttfts": [rate / 1e3], "itls": [[rate / 1e3, 0.5], []]}
+        return {"completed": 4, "failed": 1, "p99_itl_ms": 1.0, **figures, **times}
+
+
+def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
+    """Not the first, the last, the best or the mean; prompts that no repeat before has had."""
+    rates = [900.0, 10.0, 7.0, 100.0, 30.0, 5.0, 200.0, 80.0, 6.0, 55.0]
+    client = FakeClient(rates)
+    load = serving_http.DRY_LOAD._replace(repeats=3)
+    model = serving.DRY_MODEL
+    cells = [*serving_http.measure(FakeServer(), client, tmp_path, model, load)]
+    turn = ["random", "sharegpt", "random-mm"]
+    assert [run["--dataset-name"] for run in client.ran] == [*turn * 3, "custom_image"]
+    assert [run["--seed"] for run in client.ran] == [*"000111222", "0"]
+    salts = [json.loads(run["--extra-body"])["cache_salt"] for run in client.ran]
+    assert salts[0:9:3] == salts[1:9:3] == salts[2:9:3] and len(set(salts)) == 3
+    assert len({run["file"] for run in client.ran}) == len(rates)
+    what = ["start", *serving_http.REPEATED, "questions on images", "compiled while serving"]
+    assert [cell["what"] for cell in cells] == what
+    for cell, own in zip(cells[1:5], (rates[0:9:3], rates[1:9:3], rates[2:9:3], [55]), strict=True):
+        assert [repeat["output_tokens_per_s"] for repeat in cell["repeats"]] == own
+        assert [repeat["first_token_ms"] for repeat in cell["repeats"]] == [[r] for r in own]
+        assert [repeat["inter_token_ms"] for repeat in cell["repeats"]] == [[r, 500] for r in own]
+        assert [repeat["seed"] for repeat in cell["repeats"]] == [*range(len(own))]
+        assert cell["output_tokens_per_s"] == sorted(own)[len(own) // 2]
+        assert cell["first_token_ms_median"] == cell["output_tokens_per_s"] / 10
+        assert cell["hit_rate"] == 0.5
+        assert (cell["requests"], cell["failed"]) == (4 * len(own), len(own))
+    for plan, asked in ((Plan(), serving_http.Load()), (DRY_RUN, serving_http.DRY_LOAD)):
+        assert plan.http_repeats == asked.repeats
+    assert (Plan().http_repeats, DRY_RUN.http_repeats) == (3, 1)
+
+
+def test_a_run_that_fails_does_not_lose_those_before_it(tmp_path: Path):
+    client = FakeClient([300.0, 10.0, 7.0, 100.0], fails_at=4)
+    load = serving_http.DRY_LOAD._replace(repeats=3)
+    measured = serving_http.measure(FakeServer(), client, tmp_path, serving.DRY_MODEL, load)
+    cells = [next(measured) for _ in range(4)]
+    with pytest.raises(RuntimeError, match="it took longer"):
+        next(measured)
+    assert [len(cell.get("repeats", ())) for cell in cells] == [0, 2, 1, 1]
+    assert [cell.get("output_tokens_per_s") for cell in cells] == [None, 200, 10, 7]
+
+
+def test_goals_over_http_take_medians_and_read_older_cells(tmp_path: Path):
+    """Cells of one run, from before there were repeats, have the same figures at the same place."""
+    what, base = "text, fixed lengths", {"model": "internvl3-8b", "scenario": "http"}
+    older = {**base, "dtype": "auto", "what": what, "output_tokens_per_s": 100.0}
+    older |= {"first_token_ms": [1.0, 2.0]}
+    repeats = [{"seed": s, "output_tokens_per_s": rate} for s, rate in enumerate((40, 101, 500))]
+    newer = {**base, "dtype": "calibquant1", **serving_http.combined(what, repeats)}
+    content = {"date": "20260101T000000", "command": "c", "device": "GPU", "run": "r"}
+    save_record(tmp_path / "serving-20260101T000000.json", {**content, "cells": [older, newer]})
+    runs = load_runs(tmp_path)
+    row = next(row for row in ROWS if row.name.endswith("over HTTP, fixed lengths"))
+    found = ratio(row, "auto", runs)
+    assert found is not None and (found.ours, found.baseline) == (101, 100)
+    lines = report.dtypes_region(runs, report.HTTP_COLUMNS)
+    assert "| `auto` (bf16) | - | 100 | - | - | - | - | - | - |" in lines
+    assert "| **`calibquant1`** | - | 101 | - | - | - | - | - | - |" in lines
 
 
 def test_samples_are_thinned_evenly():

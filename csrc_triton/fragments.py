@@ -378,10 +378,12 @@ def load_tile(page, offset: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexpr,
-           RANGES: gl.constexpr):  # fmt: skip
+def fetch(
+    to, p_page, VALUES: gl.constexpr, D: gl.constexpr, CODES: gl.constexpr, RANGES: gl.constexpr,
+    WARPS: gl.constexpr = 1,
+):  # fmt: skip
     """Start to copy K (or V) codes and ranges of a page's KV head into 8 D words of the ring."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     o = gl.arange(0, 8 * D, L)
     o = gl.where(o < CODES, VALUES * CODES + o, RANGES + VALUES * D + (o - CODES) % D)
     o = gl.max_contiguous(gl.multiple_of(o, 4), 4)

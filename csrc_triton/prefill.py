@@ -19,6 +19,8 @@ from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stag
 
 try:
     from .prefill_gluon import ROWS, _prefill_kernel
+    from .prefill_hopper import ROWS as HOPPER_ROWS
+    from .prefill_hopper import _hopper_kernel
     from .profile_gluon import ROWS as PLANE_ROWS
     from .profile_gluon import _attend_kernel as _planes_kernel
 
@@ -27,8 +29,14 @@ except ImportError:  # a Triton without Gluon
     GLUON = False
 
 MAX_SPLITS = 16
-PROGRAMS_PER_SM = {"gluon": 8, "planes": 12, "triton": 2}
+PROGRAMS_PER_SM = {"hopper": 3, "gluon": 8, "planes": 12, "triton": 2}
 """Programs that a multiprocessor runs at once: shares are made while there are fewer."""
+
+MIN_HOPPER_ROWS = 33
+"""Rows from which the kernel for tiles of 64 rows is faster than that for 16."""
+
+HOPPER_REGISTERS = 168
+"""Three programs a multiprocessor."""
 
 PART_ROWS = 1024
 """Queries whose partial results are held at a time: one number for each plane and channel."""
@@ -155,12 +163,13 @@ def prefill_attention(
     splits
         Shares of a request's runs, at most 16; None to choose by the number of programs.
     kernel
-        "gluon", "triton", or "auto": Gluon where it serves the format and the device.
+        "hopper", "gluon", "triton", or "auto": the first that serves the format and the device,
+        and "hopper" for enough rows only.
 
     Raises
     ------
     ValueError
-        If ``kernel="gluon"`` does not serve the format.
+        If the named kernel does not serve the format or the device.
     """
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
@@ -168,7 +177,7 @@ def prefill_attention(
     if num_requests == 0 or max_query_len == 0:
         return
     use_gluon = kernel != "triton" and gluon_prefills(fmt, query.device)
-    if kernel == "gluon" and not use_gluon:
+    if kernel in ("gluon", "hopper") and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
     if use_gluon and not serves_uniform(fmt):
         _prefill_planes(
@@ -177,10 +186,18 @@ def prefill_attention(
         )  # fmt: skip
         return
     rows = max_query_len * group
-    block = ROWS if use_gluon else 16 if rows <= 16 else 64
+    use_hopper = use_gluon and kernel != "gluon" and hopper_prefills(fmt, query.device)
+    if kernel == "hopper" and not use_hopper:
+        raise ValueError("the Hopper kernel does not serve this format on this device")
+    use_hopper = use_hopper and (kernel == "hopper" or rows >= MIN_HOPPER_ROWS)
+    if use_hopper:
+        block, at_once = HOPPER_ROWS, PROGRAMS_PER_SM["hopper"]
+    elif use_gluon:
+        block, at_once = ROWS, PROGRAMS_PER_SM["gluon"]
+    else:
+        block, at_once = 16 if rows <= 16 else 64, PROGRAMS_PER_SM["triton"]
     tiles = triton.cdiv(rows, block)
     if splits is None:
-        at_once = PROGRAMS_PER_SM["gluon" if use_gluon else "triton"]
         wanted = at_once * _multiprocessors(query.device) // (tiles * num_kv_heads * num_requests)
         splits = min(MAX_SPLITS, max(wanted, 1))
     num_tokens = query.shape[0]
@@ -200,6 +217,17 @@ def prefill_attention(
     page, words, bd = fmt.page, cache_words(kv_cache), triton.next_power_of_2(d)
     grid = (tiles, num_kv_heads, num_requests * splits)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        if use_hopper:
+            _hopper_kernel[grid](
+                query, query.stride(0), query.stride(1), words, kv_cache,
+                kv_cache.stride(0), kv_cache.stride(1),
+                tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
+                part, stride_os, part.stride(-3), part.stride(-2), part_lse, stride_ls,
+                part_lse.stride(-2), low, high, scale, tau_min, tau_max, splits, group,
+                BITS=fmt.uniform_bits, SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
+                MODE=mode, num_warps=4, maxnreg=HOPPER_REGISTERS,
+            )  # fmt: skip
+            continue
         if use_gluon:
             _prefill_kernel[grid](
                 query, query.stride(0), query.stride(1), words, kv_cache,
@@ -303,4 +331,14 @@ def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
         and compute_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
         and (serves_uniform(fmt) or serves_planes(fmt))
+    )
+
+
+def hopper_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
+    """Whether the kernel with products of a warpgroup serves a format and device."""
+    return (
+        GLUON
+        and compute_capability(device)[0] == 9
+        and fmt.page.head_size == 128
+        and serves_uniform(fmt)
     )

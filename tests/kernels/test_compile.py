@@ -75,7 +75,7 @@ def page_constants(fmt):
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_metadata(capability):
-    constants = {"PAGE_TOKENS": 224, "BC": 1024, "SEARCH_STEPS": 7}
+    constants = {"PAGE_TOKENS": 224, "BC": 1024, "SEARCH_STEPS": 7, "UNIT": 1}
     compile_kernel(metadata._tables_kernel, constants, capability, num_warps=4)
 
 
@@ -165,6 +165,43 @@ def test_merge():
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
     parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "types"),
+    [
+        (1, {}),
+        (1, {"p_out": "bf16"}),
+        (1, {"p_q": "fp16", "p_cache": "fp16"}),
+        (2, {}),
+        (4, {}),
+    ],
+)
+@pytest.mark.parametrize("mode", [attention.ATTEND, attention.EXTREMES, attention.CALIBRATE])
+def test_hopper_prefill(mode, bits, types, tmp_path, monkeypatch):
+    gluon = pytest.importorskip("triton.experimental.gluon._runtime")
+    from csrc_triton.prefill import HOPPER_REGISTERS
+    from csrc_triton.prefill_hopper import _hopper_kernel
+
+    for name, dtype in types.items():
+        monkeypatch.setitem(POINTERS, name, dtype)
+    page = make_format(128, bits).page
+    constants = {
+        "BITS": bits, "SLOTS": page.slots, "RANGE_OFFSET": page.range_offset // 2, "MODE": mode,
+    }  # fmt: skip
+    compiled = compile_kernel(
+        _hopper_kernel, constants, 90, gluon.GluonASTSource, ("stride_q", "stride_o"),
+        num_warps=4, maxnreg=HOPPER_REGISTERS,
+    )  # fmt: skip
+    assert 3 * (compiled.metadata.shared + 1024) <= 227 * 1024, "three programs a multiprocessor"
+    sass = disassembly(compiled, tmp_path)
+    products = len(re.findall(r"\bHGMMA\.", sass))
+    groups = {14: 4, 7: 3, 3: 2}[page.slots]
+    steps = 8 * groups + (mode != attention.EXTREMES) * page.slots
+    assert products == steps
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", sass))
+    assert waits <= 2 * groups, "products wait for each other"
+    assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) < 400, "registers spill to local memory"
 
 
 def disassembly(compiled, tmp_path: Path) -> str:

@@ -138,6 +138,17 @@ def test_prefill_shares_of_a_context(head_size, bits, splits, kernel, calibratio
 
 
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize(("bits", "group"), [(1, 1), (1, 7), (2, 7), (4, 16)])
+def test_prefill_on_hopper(bits, group, splits, calibration):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    test_prefill.run_chunks(
+        128, bits, group, calibration, device="cuda", splits=splits, kernel="hopper"
+    )
+
+
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 @pytest.mark.parametrize("splits", [None, 1, 16])
 @pytest.mark.parametrize("case", test_decode.PROFILES)

@@ -14,6 +14,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from csrc_triton.prefill import MIN_HOPPER_ROWS
 from vllm_calibquant.attention.common import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
 
-FEW, MANY = 16, 640
+FEW, MANY = 16, 2048
 """Requests, and tokens, of a step that is large enough for every choice by size."""
 
 
@@ -40,17 +41,20 @@ class StepShape(NamedTuple):
     """Whether all new tokens are text, and cached ones may be visual."""
 
 
-def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
+def step_shapes(max_num_reqs: int, max_num_tokens: int, group: int) -> list[StepShape]:
     """Steps that make every choice of a launcher.
 
     Parameters
     ----------
     max_num_reqs, max_num_tokens
         Most requests and tokens of a step.
+    group
+        Query heads a KV head: rows of a new token.
     """
     most = max(min(max_num_reqs, max_num_tokens // 2), 1)  # with more than one new token each
     few, tokens = min(most, FEW), min(MANY, max_num_tokens)
     decodes = min(max_num_reqs, max_num_tokens)
+    short = min(max((MIN_HOPPER_ROWS - 1) // group, 2), max_num_tokens)
     shapes = [
         StepShape(1),
         StepShape(1, captured=True),
@@ -59,9 +63,9 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
         StepShape(decodes, captured=True),
         # Programs for one request are few, so its pages are shared among several.
         StepShape(0, (2,), only_text=True),
-        StepShape(0, (min(32, tokens),)),
+        StepShape(0, (min(64, tokens),)),
         # With many requests they are not.
-        StepShape(0, (2,) * most),
+        StepShape(0, (short,) * min(max_num_reqs, max_num_tokens // short)),
         StepShape(0, (tokens - 2 * (few - 1), *(2,) * (few - 1))),
     ]
     shapes = [s for s in shapes if sum(s.prefills) <= max_num_tokens]
@@ -84,9 +88,14 @@ def warm_up(
     """
     begin = time.perf_counter()
     scheduler = builder.vllm_config.scheduler_config
-    shapes = step_shapes(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     # One layer of each page format; the others launch the same kernels.
     different = {layer.impl.codec.page_format: layer for layer in layers.values()}
+    impl = next(iter(different.values())).impl
+    shapes = step_shapes(
+        scheduler.max_num_seqs,
+        scheduler.max_num_batched_tokens,
+        impl.num_heads // impl.num_kv_heads,
+    )
     for shape in shapes:
         if images or not shape.prefills:
             serve_empty_step(builder, list(different.values()), shape)

@@ -191,7 +191,8 @@ def decode_attention(
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
         HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
-        BITS=fmt.value_plane.shape[0] if planes else 0, num_warps=items // 8,
+        BITS=fmt.value_plane.shape[0] if planes else 0, BP=triton.next_power_of_2(planes + d),
+        num_warps=items // 8 * (2 if planes else 1),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

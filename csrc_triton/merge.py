@@ -15,6 +15,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 
+@triton.jit
+def combine_planes(
+    wide, p_plane, o_d, D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
+    BP: tl.constexpr,
+):  # fmt: skip
+    """Numbers of components o_d from [BP] of V planes and, behind them, of offsets."""
+    out = tl.gather(wide, tl.minimum(PLANES + o_d, BP - 1), 0)
+    for b in tl.static_range(BITS):
+        plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
+        x = tl.gather(wide, tl.maximum(plane, 0), 0)
+        out += tl.where(plane >= 0, x, 0.0) * (1 << b)
+    return out
+
+
 # One compilation for all steps: strides of log-sum-exps are numbers of tokens.
 @triton.jit(do_not_specialize=["stride_lh", "stride_eh"])
 def _merge_splits_kernel(
@@ -23,7 +37,7 @@ def _merge_splits_kernel(
     p_out, stride_ot, stride_oh, p_lse, stride_eh, p_plane,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr,
-    PLANES: tl.constexpr, BITS: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -35,6 +49,8 @@ def _merge_splits_kernel(
     m_i = tl.full([], float("-inf"), tl.float32)
     l_i = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BD], tl.float32)
+    o_p = tl.arange(0, BP)
+    wide = tl.zeros([BP], tl.float32)
     if HAS_TEXT:
         text_lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
         p_text += i_row.to(tl.int64) * stride_tt + i_head * stride_th
@@ -51,20 +67,17 @@ def _merge_splits_kernel(
         m_item = o_i < end
         at = o_i * NUM_HEADS + i_head
         lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
-        m = m_item[:, None] & m_d[None, :]
-        p_x = p_part + at[:, None] * (PLANES + D)
-        x = tl.load(p_x + PLANES + o_d[None, :], mask=m, other=0).to(tl.float32)
-        for b in tl.static_range(BITS):
-            plane = tl.load(p_plane + b * D + o_d, mask=m_d, other=-1)
-            m_bit = m & (plane >= 0)[None, :]
-            x += tl.load(p_x + plane[None, :], mask=m_bit, other=0) * (1 << b)
+        m = m_item[:, None] & (o_p < PLANES + D)[None, :]
+        x = tl.load(p_part + at[:, None] * (PLANES + D) + o_p[None, :], mask=m, other=0)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
         old = tl.exp(m_i - m_safe)
         new = tl.exp(lse - m_safe)
-        acc = acc * old + tl.sum(x * new[:, None], 0)
+        acc *= old
+        wide = wide * old + tl.sum(x * new[:, None], 0)
         l_i = l_i * old + tl.sum(new, 0)
         m_i = m_new
+    acc += combine_planes(wide, p_plane, o_d, D, PLANES, BITS, BP) if PLANES > 0 else wide
     safe = tl.where(l_i > 0, l_i, 1.0)
     p_row = p_out + i_row.to(tl.int64) * stride_ot + i_head * stride_oh
     tl.store(p_row + o_d, (acc / safe).to(p_out.dtype.element_ty), mask=m_d)

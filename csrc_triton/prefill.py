@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
+from .merge import combine_planes
 from .metadata import StepTables
 from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stages
 
@@ -53,7 +54,7 @@ def _merge_kernel(
     p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_pr, stride_ph, window, splits,
     p_text, stride_xt, stride_xh, p_text_lse, stride_xl,
     p_plane, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
-    HAS_TEXT: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
+    HAS_TEXT: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """With PLANES, parts have a row for each query of the window, as in csrc_triton.merge."""
     i_head = tl.program_id(1)
@@ -81,15 +82,13 @@ def _merge_kernel(
         top = tl.maximum(top, text_lse)
     safe = tl.where(top > float("-inf"), top, 0.0)
     weight = tl.exp(lse - safe)
+    o_p = tl.arange(0, BP)
     p_row = p_part + (i_part * NUM_HEADS + i_head) * (PLANES + D) + o_s[:, None] * stride_os
-    m = m_s[:, None] & m_d[None, :]
-    part = tl.load(p_row + PLANES + o_d[None, :], mask=m, other=0).to(tl.float32)
-    for b in tl.static_range(BITS):
-        plane = tl.load(p_plane + b * D + o_d, mask=m_d, other=-1)
-        m_bit = m & (plane >= 0)[None, :]
-        part += tl.load(p_row + plane[None, :], mask=m_bit, other=0) * (1 << b)
+    m = m_s[:, None] & (o_p < PLANES + D)[None, :]
+    part = tl.load(p_row + o_p[None, :], mask=m, other=0).to(tl.float32)
     total = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0)
+    wide = tl.sum(part * weight[:, None], 0)
+    out = combine_planes(wide, p_plane, o_d, D, PLANES, BITS, BP) if PLANES > 0 else wide
     if HAS_TEXT:
         text_weight = tl.exp(text_lse - safe)
         total += text_weight
@@ -260,7 +259,7 @@ def prefill_attention(
             out, out.stride(0), out.stride(1), lse, lse.stride(0), 1, part_lse.stride(1),
             max_query_len, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d, BD=bd,
             NUM_HEADS=num_heads, BS=MAX_SPLITS, HAS_TEXT=text is not None, PLANES=0, BITS=0,
-            num_warps=2,
+            BP=bd, num_warps=2,
         )  # fmt: skip
 
 
@@ -312,7 +311,8 @@ def _prefill_planes(
             first_query, out, out.stride(0), out.stride(1), lse, lse.stride(0), num_heads, 1,
             window, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d,
             BD=triton.next_power_of_2(d), NUM_HEADS=num_heads, BS=MAX_SPLITS,
-            HAS_TEXT=text is not None, PLANES=planes, BITS=fmt.value_plane.shape[0], num_warps=2,
+            HAS_TEXT=text is not None, PLANES=planes, BITS=fmt.value_plane.shape[0],
+            BP=triton.next_power_of_2(planes + d), num_warps=4,
         )  # fmt: skip
 
 

@@ -156,9 +156,9 @@ def test_attention(capability, mode, prefill, head_size):
 
 def test_merge():
     splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
-              "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0}  # fmt: skip
+              "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0, "BP": 128}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
-    planes = {"D": 128, "PLANES": 160, "BITS": 3}
+    planes = {"D": 128, "PLANES": 160, "BITS": 3, "BP": 512}
     compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=1)
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
     compile_kernel(basis._turn_query_kernel, turned, 80, num_warps=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -106,14 +107,25 @@ def write_record(name: str, content: dict[str, Any], folder: Path | None = None)
 
 
 def record_path(name: str, date: str, folder: Path | None = None) -> Path:
-    """File of a record that was begun at a date of :func:`environment`."""
-    stamp = date.replace(":", "").replace("-", "")[:15]
-    return (folder or RECORDS) / f"{name}-{stamp}.json"
+    """File of a record that was begun at a date of :func:`environment`.
+
+    Of two that begin in the same second, on two GPUs perhaps, one is called a second later.
+    """
+    folder = folder or RECORDS
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = datetime.datetime.fromisoformat(date)
+    while True:
+        path = folder / f"{name}-{begin:%Y%m%dT%H%M%S}.json"
+        with contextlib.suppress(FileExistsError):
+            path.with_suffix(".part").touch(exist_ok=False)
+            if not path.exists():
+                return path
+            path.with_suffix(".part").unlink()
+        begin += datetime.timedelta(seconds=1)
 
 
 def save_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record, or write it again with more in it; a reader never sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1)
     # Raw samples on one line.
     text = re.sub(r"\[\s+(-?\d[^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)

@@ -41,6 +41,7 @@ TEXTS = ("How many red circles?", "What is the serial? " * 20, "Read line 3.\n" 
 
 def start(path: Path, kind: str, **settings: Any) -> Engine:
     """An engine of a KV cache dtype, or of :data:`PROFILE` or :data:`PAPER`."""
+    settings = {"gpu_memory_utilization": 0.3, **settings}  # the GPU may have other work
     return Engine(path, kind.split()[0], OPTIONS.get(kind), **settings)
 
 

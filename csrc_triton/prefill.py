@@ -101,6 +101,18 @@ def _merge_kernel(
              tl.where(total > 0, top + tl.log(some), float("-inf")))  # fmt: skip
 
 
+def _choose_kernel(kernel: str, fmt: DeviceFormat, device: torch.device, rows: int) -> str:
+    """The kernel for tiles of some rows: "hopper", "gluon" or "triton"; see the caller."""
+    hopper, gluon = hopper_prefills(fmt, device), gluon_prefills(fmt, device)
+    if kernel == "auto":
+        if hopper and rows >= MIN_HOPPER_ROWS:
+            return "hopper"
+        return "gluon" if gluon else "triton"
+    if not {"hopper": hopper, "gluon": gluon, "triton": True}[kernel]:
+        raise ValueError(f"the kernel {kernel!r} does not serve this format on this device")
+    return kernel
+
+
 @lru_cache(maxsize=8)
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
@@ -175,30 +187,22 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     if num_requests == 0 or max_query_len == 0:
         return
-    use_gluon = kernel != "triton" and gluon_prefills(fmt, query.device)
-    if kernel in ("gluon", "hopper") and not use_gluon:
-        raise ValueError("the Gluon kernel does not serve this format on this device")
-    if use_gluon and not serves_uniform(fmt):
+    rows = max_query_len * group
+    chosen = _choose_kernel(kernel, fmt, query.device, rows)
+    if chosen == "gluon" and not serves_uniform(fmt):
         _prefill_planes(
             tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request, num_requests,
             max_query_len, scale, calibration, text, splits,
         )  # fmt: skip
         return
-    rows = max_query_len * group
-    use_hopper = use_gluon and kernel != "gluon" and hopper_prefills(fmt, query.device)
-    if kernel == "hopper" and not use_hopper:
-        raise ValueError("the Hopper kernel does not serve this format on this device")
-    use_hopper = use_hopper and (kernel == "hopper" or rows >= MIN_HOPPER_ROWS)
-    if use_hopper:
-        block, at_once = HOPPER_ROWS, PROGRAMS_PER_SM["hopper"]
-    elif use_gluon:
-        block, at_once = ROWS, PROGRAMS_PER_SM["gluon"]
+    if chosen == "triton":
+        block = 16 if rows <= 16 else 64
     else:
-        block, at_once = 16 if rows <= 16 else 64, PROGRAMS_PER_SM["triton"]
+        block = HOPPER_ROWS if chosen == "hopper" else ROWS
     tiles = triton.cdiv(rows, block)
     if splits is None:
-        wanted = at_once * _multiprocessors(query.device) // (tiles * num_kv_heads * num_requests)
-        splits = min(MAX_SPLITS, max(wanted, 1))
+        at_once = PROGRAMS_PER_SM[chosen] * _multiprocessors(query.device)
+        splits = min(MAX_SPLITS, max(at_once // (tiles * num_kv_heads * num_requests), 1))
     num_tokens = query.shape[0]
     part, part_lse, low, high = out, lse, lse, lse
     stride_os = stride_ls = 0
@@ -215,26 +219,24 @@ def prefill_attention(
     tau_min, tau_max = calibration or (0.0, 0.0)
     page, words, bd = fmt.page, cache_words(kv_cache), triton.next_power_of_2(d)
     grid = (tiles, num_kv_heads, num_requests * splits)
+    of_gluon = (
+        query, query.stride(0), query.stride(1), words, kv_cache,
+        kv_cache.stride(0), kv_cache.stride(1),
+        tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
+        part, stride_os, part.stride(-3), part.stride(-2), part_lse, stride_ls,
+        part_lse.stride(-2), low, high, scale, tau_min, tau_max, splits, group,
+    )  # fmt: skip
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-        if use_hopper:
+        if chosen == "hopper":
             _hopper_kernel[grid](
-                query, query.stride(0), query.stride(1), words, kv_cache,
-                kv_cache.stride(0), kv_cache.stride(1),
-                tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
-                part, stride_os, part.stride(-3), part.stride(-2), part_lse, stride_ls,
-                part_lse.stride(-2), low, high, scale, tau_min, tau_max, splits, group,
-                BITS=fmt.uniform_bits, SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
-                MODE=mode, num_warps=4, maxnreg=HOPPER_REGISTERS,
+                *of_gluon, BITS=fmt.uniform_bits, SLOTS=page.slots,
+                RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=4,
+                maxnreg=HOPPER_REGISTERS,
             )  # fmt: skip
             continue
-        if use_gluon:
+        if chosen == "gluon":
             _prefill_kernel[grid](
-                query, query.stride(0), query.stride(1), words, kv_cache,
-                kv_cache.stride(0), kv_cache.stride(1),
-                tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
-                part, stride_os, part.stride(-3), part.stride(-2), part_lse, stride_ls,
-                part_lse.stride(-2), low, high, scale, tau_min, tau_max, splits,
-                GROUP=group, D=d, BITS=fmt.uniform_bits, SLOTS=page.slots,
+                *of_gluon, D=d, BITS=fmt.uniform_bits, SLOTS=page.slots,
                 RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=1,
             )  # fmt: skip
             continue

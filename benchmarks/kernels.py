@@ -163,7 +163,6 @@ class Decode:
         self.tables = allocate_tables(
             max_num_reqs=batch, max_num_blocks=table.shape[1], max_num_tokens=max(batch, 32),
             slots=page.slots, num_kv_heads=hkv, device="cuda", programs_per_sm=programs_per_sm,
-            whole_pages=profile is not None,
         )  # fmt: skip
         build_tables(self.tables, *self.step_inputs, num_decodes=batch)
         planes = 0 if profile is None else page.value_planes

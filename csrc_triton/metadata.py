@@ -83,8 +83,6 @@ class StepTables:
         KV heads of this rank.
     target_programs : int
         Programs of the decode kernel, for each KV head.
-    whole_pages : bool
-        Whether no program has half of a page.
     num_reqs : int
         Requests of the last :func:`build_tables`.
     """
@@ -106,7 +104,6 @@ class StepTables:
     half_slots: int
     num_kv_heads: int
     target_programs: int
-    whole_pages: bool = False
     num_reqs: int = 0
 
     @property
@@ -129,7 +126,6 @@ def allocate_tables(
     device: torch.device | str,
     num_sms: int | None = None,
     programs_per_sm: int | None = None,
-    whole_pages: bool = False,
 ) -> StepTables:
     """Allocate the buffers of :func:`build_tables`.
 
@@ -149,8 +145,6 @@ def allocate_tables(
         Multiprocessors of the device; read from it when it is a CUDA device.
     programs_per_sm
         Programs of the decode kernel for each multiprocessor; ``PROGRAMS_PER_SM`` if None.
-    whole_pages
-        Whether no program of the decode kernel gets half of a page.
     """
     if num_sms is None:
         cuda = torch.device(device).type == "cuda"
@@ -179,7 +173,6 @@ def allocate_tables(
         half_slots=half_slots(slots),
         num_kv_heads=num_kv_heads,
         target_programs=target,
-        whole_pages=whole_pages,
     )
 
 
@@ -226,9 +219,7 @@ def _tables_kernel(
     PAGE_TOKENS: tl.constexpr,
     BC: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
-    """Programs get multiples of UNIT half runs."""
     i_req = tl.program_id(0)
     o_c = tl.arange(0, BC)
     if i_req < num_reqs:
@@ -319,9 +310,8 @@ def _tables_kernel(
                 tl.load(p_num_runs + o_r, mask=o_r < num_decodes, other=0, cache_modifier=".cg"), 0
             )
         share = tl.maximum((2 * total + target_programs - 1) // target_programs, 1)
-        share = (share + UNIT - 1) // UNIT * UNIT
         # The least of three shares by which no program needs a second request, or 0.
-        more = tl.maximum(share // (8 * UNIT), 1) * UNIT
+        more = tl.maximum(share // 8, 1)
         needed_0, needed_1, needed_2 = 0, 0, 0
         for start in range(0, num_decodes, BC):
             o_r = start + o_c
@@ -371,9 +361,8 @@ def _tables_kernel(
             program = tl.where(single > 0, o_i, origin // share + o_i - first)
             own_begin, own_end = program * share, (program + 1) * share
             pieces = tl.maximum((2 * runs + share - 1) // share, 1)
-            units = 2 * runs // UNIT
-            piece = origin + (o_i - first) * units // pieces * UNIT
-            next_piece = origin + (o_i - first + 1) * units // pieces * UNIT
+            piece = origin + (o_i - first) * 2 * runs // pieces
+            next_piece = origin + (o_i - first + 1) * 2 * runs // pieces
             own_begin = tl.where(single > 0, piece, own_begin)
             own_end = tl.where(single > 0, next_piece, own_end)
             begin = tl.maximum(own_begin, origin)
@@ -444,8 +433,7 @@ def build_tables(
         tables.page_ids, tables.page_tokens, tables.page_rows,
         num_reqs, num_decodes, tables.target_programs,
         PAGE_TOKENS=tables.page_rows.shape[1], BC=1024,
-        SEARCH_STEPS=tables.num_runs.shape[0].bit_length(),
-        UNIT=2 if tables.whole_pages else 1, num_warps=4,
+        SEARCH_STEPS=tables.num_runs.shape[0].bit_length(), num_warps=4,
     )  # fmt: skip
 
 

@@ -145,10 +145,6 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        bind_layers(vllm_config, layer_names, device)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        # While a profile is searched for, widths change.
-        in_basis = any(layer.impl.codec.basis is not None for layer in layers.values())
         # vLLM pads the block table's rows; a wider buffer than needed costs little.
         width = kv_cache_spec.max_num_blocks_per_req(
             vllm_config, vllm_config.model_config.max_model_len
@@ -162,11 +158,14 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             slots=kv_cache_spec.slots,
             num_kv_heads=kv_cache_spec.num_kv_heads,
             device=device,
-            whole_pages=in_basis,
         )
         self.no_pages = replace(self.tables, plan=torch.zeros_like(self.tables.plan))
         codes_stream = torch.cuda.Stream(device)
         self.step = Step(self.tables)
+        bind_layers(vllm_config, layer_names, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        # While a profile is searched for, widths change.
+        in_basis = any(layer.impl.codec.basis is not None for layer in layers.values())
         planes = kernels.MAX_VALUE_PLANES if in_basis else 0
         scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim, planes)
         for layer in layers.values():

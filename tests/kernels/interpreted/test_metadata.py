@@ -11,8 +11,7 @@ from vllm_calibquant.tags import tag
 T = 3  # any text page
 
 
-def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=None, repeats=2,
-        whole_pages=False):  # fmt: skip
+def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=None, repeats=2):
     table = stale_table(requests, width or max(len(r) for r in requests) + 5)
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     lens = torch.tensor(seq_lens, dtype=torch.int32)
@@ -20,7 +19,7 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
     tables = allocate_tables(
         max_num_reqs=len(requests) + 2, max_num_blocks=table.shape[1] + 3,
         max_num_tokens=max(len(slots), 64), slots=14, num_kv_heads=1, device="cpu", num_sms=target,
-        programs_per_sm=1, whole_pages=whole_pages,
+        programs_per_sm=1,
     )  # fmt: skip
     for name in ("text_block_table", "runs", "items", "item_start", "program_item",
                  "half_start", "page_rows", "page_tokens"):  # fmt: skip
@@ -44,9 +43,8 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
     assert got == want["pages"]
     programs, share = tables.plan[:2].tolist()
     runs = tables.num_runs[:num_decodes].tolist()
-    unit = 2 if whole_pages else 1
-    least = -(-max(1, -(-2 * sum(runs) // target)) // unit) * unit
-    choices = [least + i * unit * max(least // (8 * unit), 1) for i in range(3)]
+    least = max(1, -(-2 * sum(runs) // target))
+    choices = [least + i * max(least // 8, 1) for i in range(3)]
     single = [s for s in choices if sum(-(-2 * n // s) for n in runs) <= target]
     assert share == (single or [least])[0]
     assert programs <= tables.target_programs
@@ -62,12 +60,10 @@ def run(requests, seq_lens, query_lens, slots, *, num_decodes, target=4, width=N
         if single:
             assert tables.program_item[p + 1] == tables.program_item[p] + 1
             pieces = -(-2 * runs[mine[0][0]] // share)
-            units = 2 * runs[mine[0][0]] // unit
-            assert len(mine) in (units // pieces * unit, -(-units // pieces) * unit)
+            assert len(mine) in (2 * runs[mine[0][0]] // pieces, -(-2 * runs[mine[0][0]] // pieces))
         else:
             assert len(mine) == share or p == programs - 1
         assert len(mine) <= share
-        assert mine[0][1] % unit == 0 and mine[-1][1] % unit == unit - 1
         seen += mine
     assert seen == [(r, i) for r in range(num_decodes) for i in range(2 * tables.num_runs[r])]
     items = tables.program_item[programs].item()
@@ -117,13 +113,11 @@ def test_pages_of_a_step_with_gaps_between_their_tokens():
     assert tables.plan[2] == 3
 
 
-@pytest.mark.parametrize("whole_pages", [False, True])
 @pytest.mark.parametrize(("target", "single"), [(2, False), (3, True), (5, True), (9, True)])
-def test_programs_have_one_request_each_where_they_suffice(target, single, whole_pages):
+def test_programs_have_one_request_each_where_they_suffice(target, single):
     requests = [[T], *([*visual(p, 0, 14), *visual(p + 30, 0, 14), 1] for p in (5, 6, 7))]
     lens = [len(r) * BLOCK - 3 for r in requests]
-    tables = run(requests, lens, [1] * 4, [16] * 4, num_decodes=4, target=target,
-                 whole_pages=whole_pages)  # fmt: skip
+    tables = run(requests, lens, [1] * 4, [16] * 4, num_decodes=4, target=target)
     programs = tables.plan[0].item()
     assert (tables.program_item[programs] == programs) == single
 

@@ -11,20 +11,9 @@ import sys
 
 from benchmarks import serving
 from benchmarks.records import print_table
-from benchmarks.serving_summary import Run, figure
+from benchmarks.serving_summary import NO_HARM, Run
 
 DTYPES = ("auto", "fp8", "calibquant1")
-FIGURES = {
-    f"{what}: {label}": figure("no-harm", name, what=what)
-    for what, name, label in (
-        ("text, fixed lengths", "output_tokens_per_s_median", "output tokens/s"),
-        ("text, chat lengths", "output_tokens_per_s_median", "output tokens/s"),
-        ("lone image request", "first_token_ms_median", "first token, ms"),
-        ("lone text request", "first_token_ms_median", "first token, ms"),
-        ("lone image request", "step_ms_median", "decode step, ms"),
-        ("lone text request", "step_ms_median", "decode step, ms"),
-    )
-}
 
 
 def main() -> None:
@@ -37,7 +26,7 @@ def main() -> None:
     (model,) = {cell["model"] for cell in run.cells}
     dtypes = run.dtypes(model)
     rows = []
-    for name, found in FIGURES.items():
+    for name, found in NO_HARM.items():
         values = [found.of(run, dtype, model) for dtype in dtypes]
         row = [name, *("-" if v is None else f"{v:.2f}" for v in values)]
         row += ["-" if None in (v, values[0]) else f"{v / values[0]:.3f}" for v in values[1:]]

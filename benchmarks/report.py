@@ -19,6 +19,7 @@ from benchmarks import accuracy_report
 from benchmarks.records import RECORDS
 from benchmarks.serving_summary import (
     EIGHT_BITS,
+    NO_HARM,
     NOT_MEASURED,
     OURS,
     ROWS,
@@ -154,22 +155,6 @@ CHAT_COLUMNS = {
     )
 }
 """By working set, in what bf16 pages hold."""
-NO_HARM_COLUMNS = {
-    "text, fixed lengths: tokens/s": figure(
-        "no-harm", "output_tokens_per_s_median", what="text, fixed lengths"
-    ),
-    "text, chat lengths: tokens/s": figure(
-        "no-harm", "output_tokens_per_s_median", what="text, chat lengths"
-    ),
-    **{
-        f"lone {what}: {label}": figure("no-harm", name, what=f"lone {what} request")
-        for what in ("image", "text")
-        for label, name in (
-            ("first token, ms", "first_token_ms_median"),
-            ("step, ms", "step_ms_median"),
-        )
-    },
-}
 HTTP_COLUMNS = {
     "start, s": figure("http", "seconds", what="start"),
     **{
@@ -294,7 +279,7 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "serving budgets": lambda folder: budgets_region(load_runs(folder)),
     "serving long contexts": lambda folder: dtypes_region(load_runs(folder), LONG_COLUMNS),
     "serving end to end": lambda folder: dtypes_region(load_runs(folder), END_TO_END_COLUMNS),
-    "serving without harm": lambda folder: dtypes_region(load_runs(folder), NO_HARM_COLUMNS),
+    "serving without harm": lambda folder: dtypes_region(load_runs(folder), NO_HARM),
     "serving chats": lambda folder: dtypes_region(load_runs(folder), CHAT_COLUMNS),
     "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),
     "serving videos": lambda folder: dtypes_region(load_runs(folder), VIDEO_COLUMNS),

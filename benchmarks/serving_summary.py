@@ -103,6 +103,20 @@ def figure(scenario: str, name: str, **keys: Any) -> Figure:
     return Figure(scenario, name, keys)
 
 
+NO_HARM = {
+    f"{what}: {label}": figure("no-harm", name, what=what)
+    for what, name, label in (
+        ("text, fixed lengths", "output_tokens_per_s_median", "output tokens/s"),
+        ("text, chat lengths", "output_tokens_per_s_median", "output tokens/s"),
+        ("lone image request", "first_token_ms_median", "first token, ms"),
+        ("lone text request", "first_token_ms_median", "first token, ms"),
+        ("lone image request", "step_ms_median", "decode step, ms"),
+        ("lone text request", "step_ms_median", "decode step, ms"),
+    )
+}
+"""What codes cost where they cannot help."""
+
+
 class Goal(NamedTuple):
     """Bounds that a ratio must keep, themselves included."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +103,7 @@ def decode_attention(
     *,
     scale: float,
     calibration: tuple[float, float] | None = None,
-    text: Part | Callable[[], Part] | None = None,
-    codes_stream: torch.cuda.Stream | None = None,
+    text: Part | None = None,
     lse: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> None:
@@ -135,11 +133,7 @@ def decode_attention(
         ``(tau_min, tau_max)`` of the score calibration, or None.
     text
         Output ``[num_requests, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_requests]``, natural
-        logarithm, -inf or +inf for no keys) of the text part, or a function that computes them,
-        called when the launches over the visual pages have been made; None if there is none.
-    codes_stream
-        A stream for the visual pages, on which ``query`` is ready: a branch beside the text part
-        where that is a function.
+        logarithm, -inf or +inf for no keys) of the text part, or None if there is none.
     lse
         float32 ``[Hq, num_requests]``, written if given: the log-sum-exp of everything in ``out``.
     kernel
@@ -173,15 +167,10 @@ def decode_attention(
         raise ValueError(
             f"scratch for {scratch.out.shape[2] - d} planes of V, and pages have {planes}"
         )
-    with torch.cuda.stream(codes_stream):
-        split(tables, scratch, fmt, query, kv_cache, scale, calibration)
-    # Only the launch just before it can be the one that a dependent launch waits for.
-    follows = codes_stream is None and not callable(text)
-    pdl = use_gluon and follows and dependent_launch(query.device)
+    split(tables, scratch, fmt, query, kv_cache, scale, calibration)
+    pdl = use_gluon and dependent_launch(query.device)
     has_text = text is not None
-    text_out, text_lse = (text() if callable(text) else text) or (query, scratch.lse)
-    if codes_stream is not None:
-        torch.cuda.current_stream().wait_stream(codes_stream)
+    text_out, text_lse = text or (query, scratch.lse)
     out_lse = scratch.lse if lse is None else lse
     # Few requests have many items each, and what counts is how often one load waits for another.
     items = 32 if num_requests * 16 <= tables.target_programs else 16

@@ -6,16 +6,17 @@ A step is served in one of three ways:
   has CUDA graphs of its own (:mod:`vllm_calibquant.text_graphs`).
 * *decode*: every request has one new token.  FlashAttention reads the text blocks through a compact
   block table, our split kernel reads the visual pages, and a merge joins the two.  This is the way
-  that the other CUDA graphs hold, with the visual pages as a branch of their own.
+  that the other CUDA graphs hold.  The kernels come one after the other there too: in a branch
+  beside it, the split kernel keeps FlashAttention off the multiprocessors and gains nothing.
 * *mixed*: decodes as above, and requests with more new tokens.  Where all new tokens are text, as
   those of a question about a cached image are, one call of FlashAttention serves the text of all
   requests.  Otherwise the new tokens among themselves (from K and V in hand, so that prefill is
-  exact), the cached text and the cached visual pages are three parts.
+  exact), the cached text and the cached visual pages are three parts.  Few decodes beside few other
+  tokens are served as requests of the second kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -122,8 +123,12 @@ class MixedCUDAMetadata(FlashAttentionMetadata):
     num_decodes: int = 0
     """Requests, first in the batch, with one new token."""
     prefills: Prefills | None = None
-    captured: bool = False
-    """Whether a CUDA graph holds the step."""
+
+
+FEW_DECODES, FEW_TOKENS = 8, 512
+"""So many requests with one new token, in a step of so many tokens that has longer ones too, are
+served as those are: the host bounds such a step, and two launches a layer are saved.
+"""
 
 
 class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -160,7 +165,6 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             device=device,
         )
         self.no_pages = replace(self.tables, plan=torch.zeros_like(self.tables.plan))
-        codes_stream = torch.cuda.Stream(device)
         self.step = Step(self.tables)
         bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
@@ -171,7 +175,6 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         for layer in layers.values():
             layer.impl.tables = self.tables
             layer.impl.scratch = scratch
-            layer.impl.codes_stream = codes_stream
             layer.impl.step = self.step
         warm_up(self, layers, images=vllm_config.model_config.is_multimodal_model)
 
@@ -180,9 +183,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> MixedCUDAMetadata:
         """Metadata of a dummy batch, of the kind that is being captured."""
         GRAPH_KIND.text = GRAPH_KIND.capturing_text
-        metadata = self._build(common_attn_metadata, False, visual=not GRAPH_KIND.text)
-        metadata.captured = True
-        return metadata
+        return self._build(common_attn_metadata, False, visual=not GRAPH_KIND.text)
 
     def build(
         self,
@@ -280,6 +281,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=1
         )
+        if num_prefills and num_decodes <= FEW_DECODES and common.num_actual_tokens <= FEW_TOKENS:
+            num_decodes, num_prefills, num_decode_tokens = 0, common.num_reqs, 0
         kernels.build_tables(
             self.tables,
             common.block_table_tensor,
@@ -297,8 +300,6 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
     tables: kernels.StepTables
     """Tables of the step; the metadata builder puts its own here."""
     scratch: kernels.DecodeScratch
-    codes_stream: torch.cuda.Stream
-    """Where graphs have the visual pages of a decode step."""
     step: Step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -369,17 +370,9 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the tokens of a step and attend; shapes as in vLLM's FlashAttention backend."""
-
-        def store() -> None:
-            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-
-        def text() -> tuple[torch.Tensor, torch.Tensor]:
-            store()
-            return self._text(query, kv_cache, attn_metadata)
-
         if attn_metadata is None or not attn_metadata.visual:
             if attn_metadata is not None:
-                store()
+                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
             return super().forward(
                 layer,
                 query,
@@ -391,18 +384,12 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        n = attn_metadata.num_decodes
-        if attn_metadata.captured:
-            self.codes_stream.wait_stream(torch.cuda.current_stream())
-            self._decode(query[:n], kv_cache, text, self.codes_stream, output[:n])
-            return output
-        # Launched one by one, branches would cost the host more than the device gains.
-        of_text = text()
-        if n:
-            of_decodes = of_text[0][:n], of_text[1][:, :n]
-            self._decode(query[:n], kv_cache, of_decodes, None, output[:n])
+        self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+        text = self._text(query, kv_cache, attn_metadata)
+        if n := attn_metadata.num_decodes:
+            self._decode(query[:n], kv_cache, (text[0][:n], text[1][:, :n]), output[:n])
         if attn_metadata.prefills is not None:
-            self._prefill(query, key, value, kv_cache, attn_metadata, of_text, output)
+            self._prefill(query, key, value, kv_cache, attn_metadata, text, output)
         return output
 
     def _text(
@@ -439,11 +426,10 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor] | Callable[[], tuple[torch.Tensor, torch.Tensor]],
-        codes_stream: torch.cuda.Stream | None,
+        text: tuple[torch.Tensor, torch.Tensor],
         output: torch.Tensor,
     ) -> None:
-        """Attention of one new token of each request, given their text or what computes it."""
+        """Attention of one new token of each request, given that of their text."""
         basis = self.codec.basis
         if basis is None:
             kernels.decode_attention(
@@ -456,28 +442,22 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 scale=self.scale,
                 calibration=self.calibration,
                 text=text,
-                codes_stream=codes_stream,
             )
             return
-        with torch.cuda.stream(codes_stream):
-            turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
-            codes = torch.empty_like(query, dtype=torch.float32)
-            lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
-            kernels.decode_attention(
-                self.tables,
-                self.scratch,
-                self.page_format,
-                turned,
-                kv_cache,
-                codes,
-                scale=self.scale,
-                calibration=self.calibration,
-                lse=lse,
-            )
-        if callable(text):
-            text = text()
-        if codes_stream is not None:
-            torch.cuda.current_stream().wait_stream(codes_stream)
+        turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
+        codes = torch.empty_like(query, dtype=torch.float32)
+        lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
+        kernels.decode_attention(
+            self.tables,
+            self.scratch,
+            self.page_format,
+            turned,
+            kv_cache,
+            codes,
+            scale=self.scale,
+            calibration=self.calibration,
+            lse=lse,
+        )
         kernels.merge_turned(
             output,
             (codes, lse),

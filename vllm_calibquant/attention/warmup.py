@@ -35,8 +35,6 @@ class StepShape(NamedTuple):
     """Requests with one new token."""
     prefills: tuple[int, ...] = ()
     """New tokens of each other request."""
-    captured: bool = False
-    """Whether a CUDA graph holds it."""
     only_text: bool = False
     """Whether all new tokens are text, and cached ones may be visual."""
 
@@ -57,10 +55,8 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int, group: int) -> list[Step
     short = min(max((MIN_HOPPER_ROWS - 1) // group, 2), max_num_tokens)
     shapes = [
         StepShape(1),
-        StepShape(1, captured=True),
         # Of many requests, few items are merged for each.
         StepShape(decodes),
-        StepShape(decodes, captured=True),
         # Programs for one request are few, so its pages are shared among several.
         StepShape(0, (2,), only_text=True),
         StepShape(0, (min(64, tokens),)),
@@ -137,7 +133,6 @@ def serve_empty_step(
     pages = (1, impl.num_kv_heads, BLOCK_SIZE, 2 * impl.head_size)
     kv_cache = torch.zeros(pages, dtype=dtype, device=device)
     metadata = builder._build(common, fast_build=False, visual=True, codes=not shape.only_text)
-    metadata.captured = shape.captured
     for layer in layers:
         output = query.new_empty(query.shape)
         layer.impl.forward(layer, query, key, value, kv_cache, metadata, output)

@@ -189,7 +189,9 @@ def _last_valid(a, b):
 
 
 # One compilation for all steps: what changes from step to step is not specialised.
-@triton.jit(do_not_specialize=["stride_table", "num_tokens", "num_reqs", "num_decodes"])
+@triton.jit(
+    do_not_specialize=["stride_table", "num_tokens", "num_reqs", "num_decodes", "search_steps"]
+)
 def _tables_kernel(
     p_block_table,
     stride_table,
@@ -216,9 +218,9 @@ def _tables_kernel(
     num_reqs,
     num_decodes,
     target_programs,
+    search_steps,
     PAGE_TOKENS: tl.constexpr,
     BC: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr,
 ):
     i_req = tl.program_id(0)
     o_c = tl.arange(0, BC)
@@ -350,7 +352,7 @@ def _tables_kernel(
             m_i = o_i < num_items
             low = tl.zeros([BC], tl.int32)  # the last request whose first item is at most o_i
             high = tl.zeros([BC], tl.int32) + num_reqs - 1
-            for _ in range(SEARCH_STEPS):
+            for _ in range(search_steps):
                 middle = (low + high + 1) // 2
                 first = tl.load(p_item_start + middle, mask=m_i, other=0)
                 low = tl.where(first <= o_i, middle, low)
@@ -431,9 +433,8 @@ def build_tables(
         tables.visual_lens, tables.items, tables.item_start,
         tables.half_start, tables.program_item, tables.plan,
         tables.page_ids, tables.page_tokens, tables.page_rows,
-        num_reqs, num_decodes, tables.target_programs,
-        PAGE_TOKENS=tables.page_rows.shape[1], BC=1024,
-        SEARCH_STEPS=tables.num_runs.shape[0].bit_length(), num_warps=4,
+        num_reqs, num_decodes, tables.target_programs, (num_reqs - 1).bit_length(),
+        PAGE_TOKENS=tables.page_rows.shape[1], BC=1024, num_warps=4,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def page_constants(fmt):
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_metadata(capability):
-    constants = {"PAGE_TOKENS": 224, "BC": 1024, "SEARCH_STEPS": 7}
+    constants = {"PAGE_TOKENS": 224, "BC": 1024}
     compile_kernel(metadata._tables_kernel, constants, capability, num_warps=4)
 
 

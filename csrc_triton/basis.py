@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+from .tables import cdiv, next_power_of_2
+
 ROWS, COLUMNS = 16, 32
 
 
@@ -93,12 +96,14 @@ def _merge_turned_kernel(
     tl.store(p_row[:, None] + o_n[None, :], out.to(p_out.dtype.element_ty), mask=m)
 
 
-def _launch(num_tokens: int, num_heads: int, inverse: torch.Tensor) -> tuple[tuple, dict[str, int]]:
+def _grid_and_sizes(
+    num_tokens: int, num_heads: int, inverse: torch.Tensor
+) -> tuple[tuple, dict[str, int]]:
     """Grid and constants of both kernels."""
     num_kv_heads, d = inverse.shape[:2]
     group = num_heads // num_kv_heads
-    grid = (triton.cdiv(num_tokens * group, ROWS), num_kv_heads, triton.cdiv(d, COLUMNS))
-    sizes = {"GROUP": group, "D": d, "BD": triton.next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
+    grid = (cdiv(num_tokens * group, ROWS), num_kv_heads, cdiv(d, COLUMNS))
+    sizes = {"GROUP": group, "D": d, "BD": next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
     return grid, sizes
 
 
@@ -127,8 +132,9 @@ def turn_query(
     turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     shift = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     if num_tokens > 0:
-        grid, sizes = _launch(num_tokens, num_heads, inverse)
-        _turn_query_kernel[grid](
+        grid, sizes = _grid_and_sizes(num_tokens, num_heads, inverse)
+        launch(
+            _turn_query_kernel, grid,
             query, query.stride(0), query.stride(1), inverse, mean,
             turned, turned.stride(0), turned.stride(1), shift, shift.stride(0), num_tokens,
             **sizes, num_warps=2,
@@ -168,8 +174,9 @@ def merge_turned(
     if num_tokens == 0:
         return
     (x, lse), (text_out, text_lse) = codes, text
-    grid, sizes = _launch(num_tokens, num_heads, inverse)
-    _merge_turned_kernel[grid](
+    grid, sizes = _grid_and_sizes(num_tokens, num_heads, inverse)
+    launch(
+        _merge_turned_kernel, grid,
         x, x.stride(0), x.stride(1), lse, lse.stride(0), shift, shift.stride(0), scale,
         inverse, mean, text_out, text_out.stride(0), text_out.stride(1),
         text_lse, text_lse.stride(0), out, out.stride(0), out.stride(1), num_tokens,

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
+from .launch import launch
 from .merge import _merge_splits_kernel
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stages
+from .tables import (
+    DeviceFormat,
+    cache_words,
+    compute_capability,
+    next_power_of_2,
+    pipeline_stages,
+)
 
 try:
     from .decode_gluon import _decode_kernel
@@ -174,13 +180,14 @@ def decode_attention(
     out_lse = scratch.lse if lse is None else lse
     # Few requests have many items each, and what counts is how often one load waits for another.
     items = 32 if num_requests * 16 <= tables.target_programs else 16
-    _merge_splits_kernel[(num_requests, num_heads)](
+    launch(
+        _merge_splits_kernel, (num_requests, num_heads),
         scratch.out, scratch.lse, tables.item_start, 0,
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
-        fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=triton.next_power_of_2(d), HAS_TEXT=has_text,
+        fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=next_power_of_2(d), HAS_TEXT=has_text,
         HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
-        BITS=fmt.value_plane.shape[0] if planes else 0, BP=triton.next_power_of_2(planes + d),
+        BITS=fmt.value_plane.shape[0] if planes else 0, BP=next_power_of_2(planes + d),
         num_warps=items // 8 * (2 if planes else 1),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -231,7 +238,8 @@ def _split_gluon(
     tau_min, tau_max = calibration or (0.0, 0.0)
     pdl = dependent_launch(query.device)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-        _decode_kernel[(num_kv_heads, tables.target_programs)](
+        launch(
+            _decode_kernel, (num_kv_heads, tables.target_programs),
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0),
@@ -261,7 +269,8 @@ def _split_profile(
     pdl = dependent_launch(query.device)
     page = fmt.page
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-        _profile_kernel[(num_kv_heads, tables.target_programs)](
+        launch(
+            _profile_kernel, (num_kv_heads, tables.target_programs),
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0),
@@ -289,7 +298,7 @@ def _split_triton(
     num_requests, num_heads, d = query.shape
     page = fmt.page
     tau_min, tau_max = calibration or (0.0, 0.0)
-    bd = triton.next_power_of_2(d)
+    bd = next_power_of_2(d)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
         _attend_kernel[(tables.items_for(num_requests), kv_cache.shape[1])](
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,

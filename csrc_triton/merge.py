@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .launch import launch
+from .tables import next_power_of_2
+
 
 @triton.jit
 def combine_planes(
@@ -161,9 +164,10 @@ def merge_parts(
     args: list = []
     for x, lse in [*parts, parts[0]][:3]:
         args += [x, x.stride(0), x.stride(1), lse, lse.stride(0)]
-    _merge_parts_kernel[(rows, heads)](
+    launch(
+        _merge_parts_kernel, (rows, heads),
         *args, out, out.stride(0), out.stride(1),
-        D=d, BD=triton.next_power_of_2(d), PARTS=len(parts), num_warps=1,
+        D=d, BD=next_power_of_2(d), PARTS=len(parts), num_warps=1,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .tables import BLOCK, TAG_SHIFT
 
 _TAG = tl.constexpr(TAG_SHIFT)
@@ -425,7 +426,8 @@ def build_tables(
     if slot_mapping.shape[0] // (2 * BLOCK) > tables.page_ids.shape[0]:
         raise ValueError(f"{slot_mapping.shape[0]} tokens do not fit the page list")
     tables.num_reqs = num_reqs
-    _tables_kernel[(num_reqs + 1,)](
+    launch(
+        _tables_kernel, (num_reqs + 1,),
         block_table, block_table.stride(0), seq_lens, query_start_loc, slot_mapping,
         slot_mapping.shape[0],
         tables.text_block_table, tables.text_block_table.stride(0), tables.text_lens,

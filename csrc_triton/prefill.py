@@ -14,9 +14,17 @@ import triton.language as tl
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
+from .launch import launch
 from .merge import combine_planes
 from .metadata import StepTables
-from .tables import DeviceFormat, cache_words, compute_capability, pipeline_stages
+from .tables import (
+    DeviceFormat,
+    cache_words,
+    cdiv,
+    compute_capability,
+    next_power_of_2,
+    pipeline_stages,
+)
 
 try:
     from .prefill_gluon import ROWS, _prefill_kernel
@@ -199,7 +207,7 @@ def prefill_attention(
         block = 16 if rows <= 16 else 64
     else:
         block = HOPPER_ROWS if chosen == "hopper" else ROWS
-    tiles = triton.cdiv(rows, block)
+    tiles = cdiv(rows, block)
     if splits is None:
         at_once = PROGRAMS_PER_SM[chosen] * _multiprocessors(query.device)
         splits = min(MAX_SPLITS, max(at_once // (tiles * num_kv_heads * num_requests), 1))
@@ -217,7 +225,7 @@ def prefill_attention(
             for _ in range(2)
         )
     tau_min, tau_max = calibration or (0.0, 0.0)
-    page, words, bd = fmt.page, cache_words(kv_cache), triton.next_power_of_2(d)
+    page, words, bd = fmt.page, cache_words(kv_cache), next_power_of_2(d)
     grid = (tiles, num_kv_heads, num_requests * splits)
     of_gluon = (
         query, query.stride(0), query.stride(1), words, kv_cache,
@@ -228,14 +236,16 @@ def prefill_attention(
     )  # fmt: skip
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
         if chosen == "hopper":
-            _hopper_kernel[grid](
+            launch(
+                _hopper_kernel, grid,
                 *of_gluon, BITS=fmt.uniform_bits, SLOTS=page.slots,
                 RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=4,
                 maxnreg=HOPPER_REGISTERS,
             )  # fmt: skip
             continue
         if chosen == "gluon":
-            _prefill_kernel[grid](
+            launch(
+                _prefill_kernel, grid,
                 *of_gluon, D=d, BITS=fmt.uniform_bits, SLOTS=page.slots,
                 RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=1,
             )  # fmt: skip
@@ -256,7 +266,8 @@ def prefill_attention(
             num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if merges:
-        _merge_kernel[(num_requests * max_query_len, num_heads)](
+        launch(
+            _merge_kernel, (num_requests * max_query_len, num_heads),
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,
             out, out.stride(0), out.stride(1), lse, lse.stride(0), 1, part_lse.stride(1),
             max_query_len, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d, BD=bd,
@@ -286,7 +297,7 @@ def _prefill_planes(
     num_kv_heads = kv_cache.shape[1]
     group, page, planes = num_heads // num_kv_heads, fmt.page, fmt.page.value_planes
     window = min(max_query_len, max(PART_ROWS // num_requests, 16))
-    tiles = triton.cdiv(window * group, PLANE_ROWS)
+    tiles = cdiv(window * group, PLANE_ROWS)
     if splits is None:
         at_once = PROGRAMS_PER_SM["planes"] * _multiprocessors(query.device)
         splits = min(MAX_SPLITS, max(at_once // (tiles * num_kv_heads * num_requests), 1))
@@ -296,7 +307,8 @@ def _prefill_planes(
     tau_min, tau_max = calibration or (0.0, 0.0)
     for first_query in range(0, max_query_len, window):
         for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-            _planes_kernel[(tiles, num_kv_heads, num_requests * splits)](
+            launch(
+                _planes_kernel, (tiles, num_kv_heads, num_requests * splits),
                 query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
                 kv_cache.stride(0), kv_cache.stride(1), tables.runs, tables.runs.stride(0),
                 tables.items, tables.item_start, tables.program_item, tables.plan,
@@ -308,13 +320,14 @@ def _prefill_planes(
                 HALF=tables.half_slots, MODE=mode, DECODE=False, PDL=False, num_warps=1,
                 maxnreg=MAX_REGISTERS[mode],
             )  # fmt: skip
-        _merge_kernel[(num_requests * window, num_heads)](
+        launch(
+            _merge_kernel, (num_requests * window, num_heads),
             part, part_lse, part.stride(0), part_lse.stride(0), query_start_loc, first_request,
             first_query, out, out.stride(0), out.stride(1), lse, lse.stride(0), num_heads, 1,
             window, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d,
-            BD=triton.next_power_of_2(d), NUM_HEADS=num_heads, BS=MAX_SPLITS,
+            BD=next_power_of_2(d), NUM_HEADS=num_heads, BS=MAX_SPLITS,
             HAS_TEXT=text is not None, PLANES=planes, BITS=fmt.value_plane.shape[0],
-            BP=triton.next_power_of_2(planes + d), num_warps=4,
+            BP=next_power_of_2(planes + d), num_warps=4,
         )  # fmt: skip
 
 

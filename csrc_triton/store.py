@@ -21,8 +21,17 @@ import triton.language as tl
 
 from vllm_calibquant.format import PageFormat, tile_slots
 
+from .launch import launch
 from .metadata import StepTables
-from .tables import BLOCK, TAG_SHIFT, DeviceFormat, cache_words, compute_capability
+from .tables import (
+    BLOCK,
+    TAG_SHIFT,
+    DeviceFormat,
+    cache_words,
+    cdiv,
+    compute_capability,
+    next_power_of_2,
+)
 
 try:
     from .store_gluon import _store_kernel as _fast_store_kernel
@@ -401,7 +410,7 @@ def store(
         raise ValueError("the Gluon kernel does not serve this call")
     sizes = block_constants(fmt, quantile=quantile is not None)
     sizes["BR"] = 8 if num_tokens <= 512 else 32
-    text_tiles = triton.cdiv(num_tokens, sizes["BR"])
+    text_tiles = cdiv(num_tokens, sizes["BR"])
     # A program finds the codes of its page in rows of tokens before it takes them apart.
     scratch = torch.empty(
         2 * visual * num_heads * page.tokens * page.head_size, dtype=torch.uint8, device=key.device
@@ -459,8 +468,9 @@ def _launch_gluon(
     warps = constants["NUM_WARPS"]
     limit = {"maxnreg": STORE_REGISTERS} if fmt.uniform_bits == 1 else {}
     k, v = key.view(torch.int32), value.view(torch.int32)
-    text_tiles = triton.cdiv(num_tokens, constants["BR"])
-    _fast_store_kernel[(2 * visual * num_heads + text_tiles * head_step,)](
+    text_tiles = cdiv(num_tokens, constants["BR"])
+    launch(
+        _fast_store_kernel, (2 * visual * num_heads + text_tiles * head_step,),
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
         visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
@@ -490,8 +500,9 @@ def _launch_profile(
     scratch = torch.empty(
         programs * page.tokens * page.head_size // 2, dtype=torch.int32, device=key.device
     )
-    text_tiles = triton.cdiv(num_tokens, constants["BR"])
-    _profile_store_kernel[(programs + text_tiles * head_step,)](
+    text_tiles = cdiv(num_tokens, constants["BR"])
+    launch(
+        _profile_store_kernel, (programs + text_tiles * head_step,),
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         kv_cache, words, words.stride(0), words.stride(1), slot_mapping, num_tokens, num_heads,
         visual, head_step, tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,
@@ -534,10 +545,10 @@ def block_constants(fmt: DeviceFormat, *, quantile: bool) -> dict[str, int]:
     page = fmt.page
     return {
         "D": page.head_size,
-        "BD": triton.next_power_of_2(page.head_size),
+        "BD": next_power_of_2(page.head_size),
         "BR": 8,
         "QUANTILE": quantile,
-        "BT": triton.next_power_of_2(max(page.tokens, 64)) if quantile else 32,
+        "BT": next_power_of_2(max(page.tokens, 64)) if quantile else 32,
         "BN": 32,
         "BC": 16,
         "BW": 1024,

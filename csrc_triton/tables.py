@@ -108,6 +108,16 @@ class DeviceFormat:
         return bits if page.slots == most else 0
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; Triton's own does for constants of kernels too, and takes 5 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n, likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Of a GPU; ``(0, 0)`` for anything else.  Launchers ask several times a layer."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,15 +50,38 @@ def keys(monkeypatch) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
 
     def run(self, *args, grid, warmup, **kwargs):
-        kwargs["debug"] = False
-        _, key_cache, _, _, binder = self.device_caches[0]
-        _, specialization, options = binder(*args, **kwargs)
         assert all(isinstance(size, int) and size > 0 for size in grid)
-        found.add((self.fn.__name__, jit.compute_cache_key(key_cache, specialization, options)))
+        key = triton_key(self, *args, **kwargs)
+        found.add((self.fn.__name__, key))
+        return Compiled(self, key, {k: v for k, v in kwargs.items() if k not in self.arg_names})
 
+    monkeypatch.setattr(importlib.import_module("csrc_triton.launch"), "_compiled", {})
     monkeypatch.setattr(jit.JITFunction, "run", run)
     monkeypatch.setattr(driver, "_active", Hopper())
     return found
+
+
+def triton_key(kernel: jit.JITFunction, *args, **kwargs) -> str:
+    """What Triton keeps a compiled kernel under."""
+    _, key_cache, _, _, binder = kernel.device_caches[0]
+    _, specialization, options = binder(*args, **{**kwargs, "debug": False})
+    return jit.compute_cache_key(key_cache, specialization, options)
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel that checks whether Triton too would have launched it."""
+
+    kernel: jit.JITFunction
+    key: str
+    options: dict[str, Any]
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        assert len(grid) == 3
+
+        def launched(*args) -> None:
+            assert triton_key(self.kernel, *args, **self.options) == self.key
+
+        return launched
 
 
 @pytest.fixture

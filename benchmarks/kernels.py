@@ -395,7 +395,7 @@ def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
             try:
                 row["xformers_us"] = time_xformers(*shape)
             except Exception as error:  # whatever it does not support here
-                row["xformers_error"] = f"{type(error).__name__}: {error}"[:200]
+                row["xformers_error"] = f"{type(error).__name__}: {error}"[:2000]
             torch.cuda.empty_cache()
         decode = Decode(*shape)
         row["plain_us"] = decode.time()

@@ -29,6 +29,7 @@ from benchmarks.serving_summary import (
     crossings,
     figure,
     load_runs,
+    of_one_device,
     ratio,
 )
 
@@ -90,8 +91,14 @@ def where(runs: list[Run]) -> str:
     )
 
 
+def how_compiled(run: Run) -> str:
+    """What a title says of a run's engines."""
+    return "" if run.compiled else ", without `torch.compile`"
+
+
 def goals_region(runs: list[Run]) -> list[str]:
-    """Ratios of the goals, and which are met."""
+    """Ratios of the goals on one device, and which are met."""
+    runs = of_one_device(runs)
     rows, used = [], []
     met: list[bool] = []
     for row in ROWS:
@@ -184,7 +191,8 @@ def dtypes_region(runs: list[Run], columns: dict[str, Figure]) -> list[str]:
                 if any(v is not None for v in values):
                     found.append([LABELS[dtype], *map(number, values)])
             if found:
-                lines += [*table([f"{title}, {run.device}", *columns], found), ""]
+                how = "" if columns is HTTP_COLUMNS else how_compiled(run)
+                lines += [*table([f"{title}, {run.device}{how}", *columns], found), ""]
     return lines[:-1] or ["Not measured yet."]
 
 
@@ -211,7 +219,8 @@ def budgets_region(runs: list[Run]) -> list[str]:
                     times = [f"{a / b:.1f}x" if a and b else "-" for a, b in pairs]
                     rows.append([f"`{OURS}` against {LABELS[baseline]}", *times])
             if rows:
-                header = [f"{title}, {run.device}", *(f"{budget} GB" for budget in BUDGETS)]
+                where_run = f"{title}, {run.device}{how_compiled(run)}"
+                header = [where_run, *(f"{budget} GB" for budget in BUDGETS)]
                 lines += [*table(header, rows), ""]
     return lines[:-1] or ["Not measured yet."]
 

@@ -1,7 +1,8 @@
 """What the records of :mod:`benchmarks.serving` say, as ratios between KV cache dtypes of one run.
 
-A *run* is what ran on one kind of device under one name (``--run``), in one record or several.  A
-ratio has both its sides from one run; where several runs have them, the newest one counts.
+A *run* is what ran on one kind of device under one name (``--run``), either with torch.compile or
+without it, in one record or several.  A ratio has both its sides from one run; where several runs
+have them, the newest one counts.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Run:
     device: str
     date: str
     """Of its newest record."""
+    compiled: bool = True
+    """Whether engines had torch.compile; servers over HTTP always had."""
     records: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
@@ -66,13 +69,15 @@ class Run:
 
 def load_runs(folder: Path = RECORDS) -> list[Run]:
     """Runs of all records that are not dry, newest first."""
-    runs: dict[tuple[str, str], Run] = {}
+    runs: dict[tuple[str, str, bool], Run] = {}
     for path in sorted(folder.glob("serving-[0-9]*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("dry_run"):
             continue
-        name, device = record["run"], record["device"]
-        run = runs.setdefault((name, device), Run(name, device, record["date"]))
+        compilation = record.get("settings", {}).get("compilation_config", {})
+        key = record["run"], record["device"], compilation.get("mode") != 0
+        name, device, compiled = key
+        run = runs.setdefault(key, Run(name, device, record["date"], compiled))
         run.date = max(run.date, record["date"])
         run.records.append(path.name)
         run.commands.append(record["command"])
@@ -278,6 +283,12 @@ def ratio(row: Row, baseline: str, runs: Iterable[Run], dtype: str = OURS) -> Ra
     return None
 
 
+def of_one_device(runs: list[Run]) -> list[Run]:
+    """The runs on the device of the newest one that has the first row of the goals."""
+    device = next((run.device for run in runs if ratio(ROWS[0], STOCK, [run])), None)
+    return [run for run in runs if device in (None, run.device)]
+
+
 def crossings(run: Run, baseline: str, name: str, dtype: str = OURS) -> list[float] | None:
     """Visual shares, in percent, where ours becomes better than a baseline's, or worse.
 
@@ -316,7 +327,8 @@ def crossings(run: Run, baseline: str, name: str, dtype: str = OURS) -> list[flo
 
 
 def summary_lines(runs: list[Run], dtype: str = OURS) -> list[str]:
-    """A line for each row of the goals."""
+    """A line for each row of the goals, all of one device."""
+    runs = of_one_device(runs)
     lines = []
     for row in ROWS:
         parts = []

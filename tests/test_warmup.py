@@ -290,7 +290,7 @@ def test_every_step_of_the_list_is_needed(cuda, keys, monkeypatch):
     needed, lengths = set(), set()
     for case in CASES.values():
         builder, layer = make_parts(cuda, monkeypatch, *case)
-        shapes = step_shapes(MAX_REQS, MAX_TOKENS, layer.impl.num_heads // layer.impl.num_kv_heads)
+        shapes = step_shapes(MAX_REQS, MAX_TOKENS)
         lengths.add(len(shapes))
         found = []
         for shape in shapes:
@@ -310,10 +310,9 @@ def test_servers_of_text_compile_little(cuda, keys, monkeypatch):
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("group", [1, 7, 16])
 @pytest.mark.parametrize(("requests", "tokens"), [(1, 2048), (256, 64), (1024, 8192), (2, 3)])
-def test_steps_keep_to_the_servers_limits(requests: int, tokens: int, group: int):
-    for shape in step_shapes(requests, tokens, group):
+def test_steps_keep_to_the_servers_limits(requests: int, tokens: int):
+    for shape in step_shapes(requests, tokens):
         assert shape.decodes + len(shape.prefills) <= requests
         assert shape.decodes + sum(shape.prefills) <= tokens
         assert min(shape.prefills, default=2) > 1

@@ -12,7 +12,7 @@ A step is served in one of three ways:
   those of a question about a cached image are, one call of FlashAttention serves the text of all
   requests.  Otherwise the new tokens among themselves (from K and V in hand, so that prefill is
   exact), the cached text and the cached visual pages are three parts.  Few decodes beside few other
-  tokens are served as requests of the second kind.
+  tokens go as requests of the second kind.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ class MixedCUDAMetadata(FlashAttentionMetadata):
     prefills: Prefills | None = None
 
 
-FEW_DECODES, FEW_TOKENS = 8, 512
-"""So many requests with one new token, in a step of so many tokens that has longer ones too, are
-served as those are: the host bounds such a step, and two launches a layer are saved.
+FEW_ROWS, FEW_CACHED = 2048, 32768
+"""Requests with one new token beside others with more are served as those are, if all requests have
+room for so many new tokens together and theirs have so many cached ones: the host bounds such a
+step, and two launches a layer are saved.
 """
 
 
@@ -281,8 +282,10 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=1
         )
-        if num_prefills and num_decodes <= FEW_DECODES and common.num_actual_tokens <= FEW_TOKENS:
-            num_decodes, num_prefills, num_decode_tokens = 0, common.num_reqs, 0
+        if num_prefills and common.num_reqs * common.max_query_len <= FEW_ROWS:
+            cached = common.seq_lens_cpu_upper_bound[:num_decodes].sum().item()
+            if cached <= FEW_CACHED:
+                num_decodes, num_prefills, num_decode_tokens = 0, common.num_reqs, 0
         kernels.build_tables(
             self.tables,
             common.block_table_tensor,

@@ -14,7 +14,6 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from csrc_triton.prefill import MIN_HOPPER_ROWS
 from vllm_calibquant.attention.common import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -39,20 +38,17 @@ class StepShape(NamedTuple):
     """Whether all new tokens are text, and cached ones may be visual."""
 
 
-def step_shapes(max_num_reqs: int, max_num_tokens: int, group: int) -> list[StepShape]:
-    """Steps that make every choice of a launcher.
+def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
+    """Steps that make every choice of a launcher; small limits make some of them alike.
 
     Parameters
     ----------
     max_num_reqs, max_num_tokens
         Most requests and tokens of a step.
-    group
-        Query heads a KV head: rows of a new token.
     """
     most = max(min(max_num_reqs, max_num_tokens // 2), 1)  # with more than one new token each
     few, tokens = min(most, FEW), min(MANY, max_num_tokens)
     decodes = min(max_num_reqs, max_num_tokens)
-    short = min(max((MIN_HOPPER_ROWS - 1) // group, 2), max_num_tokens)
     shapes = [
         StepShape(1),
         # Of many requests, few items are merged for each.
@@ -61,11 +57,10 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int, group: int) -> list[Step
         StepShape(0, (2,), only_text=True),
         StepShape(0, (min(64, tokens),)),
         # With many requests they are not.
-        StepShape(0, (short,) * min(max_num_reqs, max_num_tokens // short)),
+        StepShape(0, (2,) * most),
         StepShape(0, (tokens - 2 * (few - 1), *(2,) * (few - 1))),
     ]
-    shapes = [s for s in shapes if sum(s.prefills) <= max_num_tokens]
-    return list(dict.fromkeys(shapes))
+    return [s for s in shapes if sum(s.prefills) <= max_num_tokens]
 
 
 def warm_up(
@@ -86,13 +81,7 @@ def warm_up(
     scheduler = builder.vllm_config.scheduler_config
     # One layer of each page format; the others launch the same kernels.
     different = {layer.impl.codec.page_format: layer for layer in layers.values()}
-    impl = next(iter(different.values())).impl
-    shapes = step_shapes(
-        scheduler.max_num_seqs,
-        scheduler.max_num_batched_tokens,
-        impl.num_heads // impl.num_kv_heads,
-    )
-    for shape in shapes:
+    for shape in step_shapes(scheduler.max_num_seqs, scheduler.max_num_batched_tokens):
         if images or not shape.prefills:
             serve_empty_step(builder, list(different.values()), shape)
     torch.cuda.synchronize(builder.device)

@@ -160,9 +160,9 @@ def server(request, monkeypatch) -> Server:
     return Server(builder, layer, rows, cache)
 
 
-@pytest.mark.parametrize("few", [0, 8])
+@pytest.mark.parametrize("few", [0, 2048])
 def test_steps_of_a_chat_about_an_image(few: int, server: Server, monkeypatch):
-    monkeypatch.setattr("vllm_calibquant.attention.cuda.FEW_DECODES", few)
+    monkeypatch.setattr("vllm_calibquant.attention.cuda.FEW_ROWS", few)
     text = iter(range(1, 20))
 
     def pages(n: int) -> list[int]:

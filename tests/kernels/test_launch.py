@@ -50,7 +50,7 @@ def test_launches_find_what_triton_would(launches):
     found, through_triton = launches
     words = torch.zeros(64, dtype=torch.int32)
     tensors = [words, words[1:], words[4:], words.view(torch.float16), words.view(torch.bfloat16)]
-    numbers = (1, 2, 16, 48, 2**31 - 1, 2**31, 2**31 + 16)
+    numbers = (0, 1, 2, 16, 48, 2**31 - 1, 2**31, 2**31 + 16)
     cases = list(
         itertools.product(tensors, tensors[:2], numbers, (1, 7, 16), ({}, {"num_warps": 2}))
     )

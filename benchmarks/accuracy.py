@@ -103,6 +103,7 @@ QUICK = {
     "kl_count": 2,
     "settings": ["auto", "calibquant2", *PROFILES, "calibquant1"],
     "modes": list(MODES[:2]),
+    "jobs": 2,
 }
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -198,13 +199,14 @@ def compare(reference: dict[int, list[Outcome]], found: dict[int, list[Outcome]]
         if a.steps is not None and b.steps is not None
         for x, y in zip(a.steps, b.steps, strict=True)
     ]
+    same = agreement([o.tokens for o in first], [o.tokens for o in own])
     hits = [o.hit for o in own if o.hit is not None]
     return {
         "tasks": tasks,
         "mean": round(100 * mean(mean(outcomes) for outcomes in right.values()), 2),
         "drop": round(drop, 2),
         "drop_half_interval": round(half, 2),
-        "agreement": round(agreement([o.tokens for o in first], [o.tokens for o in own]), 2),
+        "agreement": same if same is None else round(same, 2),
         "kl": float(f"{mean(steps):.4g}") if steps else None,
         "kl_tokens": len(steps),
         "mean_hit_tokens": round(mean(hits), 1) if hits else None,
@@ -227,6 +229,7 @@ def print_results(record: dict[str, Any]) -> None:
                 low, high = found["interval"]
                 cells.append(f"{found['exact_match']:.1f} ({low:.0f}–{high:.0f})")
             size, kl = setting.get("bytes_per_visual_token"), result["kl"]
+            same = result["agreement"]  # servers without log-probabilities do not say tokens
             body.append(
                 [
                     setting["setting"],
@@ -235,7 +238,7 @@ def print_results(record: dict[str, Any]) -> None:
                     *cells,
                     f"{result['mean']:.1f}",
                     f"{result['drop']:.1f} ± {result['drop_half_interval']:.1f}",
-                    f"{result['agreement']:.1f}",
+                    "" if same is None else f"{same:.1f}",
                     "" if kl is None else f"{kl:.4f}",
                 ]
             )
@@ -309,7 +312,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         standard = {**standard, **TINY_LLM_ON_CUDA}
     args.llm = {**standard, **args.llm}
     if args.base_url:
-        args.base_url = dict(pair.split("=", 1) for pair in args.base_url)
+        pairs = [pair.partition("=http") for pair in args.base_url]  # options have the sign too
+        for (name, sign, _), given in zip(pairs, args.base_url, strict=True):
+            if not (name and sign):
+                parser.error(f"--base-url needs SETTING=http…, got {given!r}")
+        args.base_url = {name: "http" + address for name, _, address in pairs}
         args.settings = list(args.base_url)
         args.modes = [mode for mode in args.modes if mode != "chunks"]  # the server decides
     elif not args.settings:

@@ -38,8 +38,8 @@ def mean_drop(
 
 def agreement(
     reference: Sequence[Sequence[Hashable]], answers: Sequence[Sequence[Hashable]]
-) -> float:
-    """Percent of greedy tokens that are equal, until two answers part.
+) -> float | None:
+    """Percent of greedy tokens that are equal, until two answers part; None if there are none.
 
     What comes after a first difference answers another prefix, and counts as different.
     """
@@ -50,7 +50,7 @@ def agreement(
                 break
             same += 1
         total += max(len(one), len(other))
-    return 100 * same / total
+    return 100 * same / total if total else None
 
 
 def divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:

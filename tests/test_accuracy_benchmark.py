@@ -88,6 +88,7 @@ def test_nothing_in_common() -> None:
 def test_agreement_ends_where_answers_part() -> None:
     assert agreement([(1, 2, 3, 4)], [(1, 9, 3, 4)]) == 25
     assert agreement([(1, 2), (5, 6)], [(1, 2), (5, 6, 7, 8)]) == pytest.approx(100 * 4 / 6)
+    assert agreement([(), ()], [(), ()]) is None  # of servers that do not say them
 
 
 def test_drop_is_a_mean_over_tasks_of_pairs() -> None:
@@ -195,6 +196,18 @@ def test_other_models_need_data(capsys) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--model", "someone/else"])
     assert "--model and --base-url need --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["--data", "a.jsonl", "--base-url", "auto", "calibquant1=http://b/v1"])
+    assert "SETTING=http…, got 'auto'" in capsys.readouterr().err
+
+
+def test_servers_of_settings_with_options() -> None:
+    pairs = ["auto=http://a/v1", "calibquant1 profile=x.safetensors=https://b/v1?key=1"]
+    args = parse_args(["--data", "a.jsonl", "--base-url", *pairs])
+    assert args.base_url == {
+        "auto": "http://a/v1",
+        "calibquant1 profile=x.safetensors": "https://b/v1?key=1",
+    }
 
 
 def test_a_gpu_is_asked_for_what_it_serves(monkeypatch) -> None:

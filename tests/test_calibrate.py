@@ -441,6 +441,19 @@ def test_an_interrupted_command_goes_on(
     assert notes["score"]["kl"] in scored
 
 
+def test_what_the_command_chooses(monkeypatch, capsys) -> None:
+    search = "vllm_calibquant.calibrate.search.calibrate"
+    monkeypatch.setattr(search, lambda task: json.dumps([str(task.out), task.llm]))
+    main(["calibrate", "someone/reader", "--data", "synthetic", "--bits", "1.5"])
+    out, llm = json.loads(capsys.readouterr().out)
+    assert out == "reader-1.5.safetensors"
+    assert llm == ({} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 4 << 30})
+    main(
+        ["calibrate", "m", "--data", "d", "--out", "p", "--llm", '{"gpu_memory_utilization": 0.5}']
+    )
+    assert json.loads(capsys.readouterr().out) == ["p", {"gpu_memory_utilization": 0.5}]
+
+
 def test_refusals_of_the_command(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is no directory"):
         main(["calibrate", "m", "--data", "synthetic", "--out", str(tmp_path / "no" / "p")])

@@ -1,7 +1,7 @@
 """Command line.
 
-``vllm-calibquant calibrate MODEL --data DIR --bits 1.25 --out FILE`` searches a profile;
-``vllm-calibquant inspect MODEL IMAGE QUESTION --out PAGE.html`` shows what codes do to an image.
+``vllm-calibquant calibrate MODEL --data DIR --bits 1.25`` searches a profile;
+``vllm-calibquant inspect MODEL IMAGE QUESTION`` shows what codes do to an image.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm_calibquant.config import ConfigError
 
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+CPU_POOL_BYTES = 4 << 30
+"""Of the KV cache on a CPU; vLLM would ask for nearly all memory, and refuse to start."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,9 +45,14 @@ def make_parser() -> argparse.ArgumentParser:
         "better",
     )
     add("--bits", type=float, default=1.25, help="of a visual token's numbers, on average")
-    add("--out", type=Path, required=True, help="the profile, a safetensors file")
+    add(
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="the profile (default: MODEL-BITS.safetensors, here)",
+    )
     add("--count", type=int, default=360, help="prompts, evenly from the data")
-    add("--held-out", type=int, default=90, help="of them, to judge by")
+    add("--held-out", type=int, default=90, help="of them, a quarter at most, to judge by")
     add("--seed", type=int, default=1, help="of synthetic data")
     add("--max-tokens", type=int, default=32, help="of the 16-bit model's answers")
     add(
@@ -74,12 +82,27 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", help="name or directory, as for vllm serve")
     add("image", type=Path, help="a picture")
     add("question")
-    add("--out", type=Path, required=True, help="the page, an HTML file that needs no other")
+    add(
+        "--out",
+        type=Path,
+        default=Path("inspect.html"),
+        help="the page, an HTML file that needs no other",
+    )
     add("--widths", type=int, nargs="*", choices=(1, 2, 4), default=[4, 2, 1], help="bits")
     add("--profile", type=Path, help="a profile of this model to look at too")
     add("--max-tokens", type=int, default=64, help="of an answer")
     add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     return parser
+
+
+def pool_settings(llm: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``LLM`` that set the size of the KV cache, unless some do already."""
+    from vllm.platforms import current_platform
+
+    said = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & llm.keys()
+    if said or not current_platform.is_cpu():
+        return {}
+    return {"kv_cache_memory_bytes": CPU_POOL_BYTES}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,10 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     command = args.pop("command")
+    args["llm"] |= pool_settings(args["llm"])
     try:
         if command == "calibrate":
             from vllm_calibquant.calibrate.search import Task, calibrate
 
+            name = f"{Path(args['model']).name}-{args['bits']:g}.safetensors"
+            args.setdefault("out", Path(name))
             print(calibrate(Task(**args)))
         else:
             from vllm_calibquant.inspector import inspect_image

@@ -99,7 +99,7 @@ SETTINGS = (
 )
 QUICK = {
     "label": "quick",  # no table of the README is made of so few questions
-    "count": 8,
+    "count": 6,
     "kl_count": 2,
     "settings": ["auto", "calibquant2", *PROFILES, "calibquant1"],
     "modes": list(MODES[:2]),

@@ -203,7 +203,7 @@ class Server:
     """A server with an OpenAI-compatible API.
 
     Cold questions and prefix hits are told apart by vLLM's ``cache_salt``, a parameter that other
-    servers ignore: there, every question after the first on an image may be a prefix hit.
+    servers ignore or refuse: there, every question after the first on an image may be a prefix hit.
     """
 
     def __init__(self, url: str, max_tokens: int, in_flight: int) -> None:
@@ -212,6 +212,7 @@ class Server:
         self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
         self.model = next(iter(self.client.models.list())).id
         self.max_tokens, self.in_flight = max_tokens, in_flight
+        self.refuses_salt = False
         self.forget()
 
     def __enter__(self) -> Server:
@@ -221,14 +222,23 @@ class Server:
         self.client.close()
 
     def _one(self, chat: Chat, max_tokens: int) -> Answer:
-        done = self.client.chat.completions.create(
-            model=self.model,
-            messages=[_encoded(message) for message in chat],
-            temperature=0,
-            max_tokens=max_tokens,
-            logprobs=True,  # the way to see tokens
-            extra_body={"cache_salt": self.salt},
-        )
+        import openai
+
+        salted = not self.refuses_salt
+        try:
+            done = self.client.chat.completions.create(
+                model=self.model,
+                messages=[_encoded(message) for message in chat],
+                temperature=0,
+                max_tokens=max_tokens,
+                logprobs=True,  # the way to see tokens
+                extra_body={"cache_salt": self.salt} if salted else None,
+            )
+        except openai.BadRequestError as error:
+            if not salted or "cache_salt" not in str(error):
+                raise
+            self.refuses_salt = True
+            return self._one(chat, max_tokens)
         choice, details = done.choices[0], done.usage and done.usage.prompt_tokens_details
         tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
         hit = details.cached_tokens if details else None

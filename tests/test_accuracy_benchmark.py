@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import accuracy_report
+from benchmarks import accuracy_engines, accuracy_report
 from benchmarks.accuracy import PROFILES, Results, main, parse_args, summary_lines
 from benchmarks.accuracy_data import PART, Parts, Row, batches, chat, load_rows, other_questions
 from benchmarks.accuracy_engines import InProcess, Setting
@@ -199,6 +201,42 @@ def test_other_models_need_data(capsys) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--data", "a.jsonl", "--base-url", "auto", "calibquant1=http://b/v1"])
     assert "SETTING=http…, got 'auto'" in capsys.readouterr().err
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """A server that is not vLLM: it refuses what it does not know, and has no log-probabilities."""
+
+    def do_GET(self) -> None:
+        self._say(200, {"object": "list", "data": [{"id": "other", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if "cache_salt" in asked:
+            self._say(400, {"error": {"message": "Unrecognized request argument: cache_salt"}})
+            return
+        answer = {"role": "assistant", "content": asked["messages"][-1]["content"].upper()}
+        self._say(200, {"choices": [{"index": 0, "message": answer, "finish_reason": "stop"}]})
+
+    def _say(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_servers_that_are_not_vllm() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        with accuracy_engines.Server(f"http://127.0.0.1:{http.server_port}/v1", 8, 4) as server:
+            chats = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
+            assert [a.text for a in server.ask(chats)] == ["ONE", "TWO", "THREE"]
+            assert {(a.tokens, a.hit) for a in server.ask(chats)} == {((), None)}
+        http.shutdown()
 
 
 def test_servers_of_settings_with_options() -> None:

@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             from vllm_calibquant.inspector import inspect_image
 
             print(inspect_image(**args))
+            print(f"\n{args['out']}")
     except ConfigError as error:
         sys.exit(f"vllm-calibquant {command}: {error}")
 

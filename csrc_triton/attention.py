@@ -164,12 +164,12 @@ def _attend_kernel(
     p_items, p_plan, p_item_start,
     p_out, stride_ot, stride_oh, p_lse, stride_lt, stride_lh,
     p_low, p_high, p_key_plane, p_value_plane, scale, tau_min, tau_max,
+    stride_os, stride_ls, splits,
     D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_PLANES: tl.constexpr,
     VALUE_PLANES: tl.constexpr, SLOTS: tl.constexpr, RANGE_OFFSET: tl.constexpr,
     HALF: tl.constexpr, MODE: tl.constexpr, DECODE: tl.constexpr, DOT: tl.constexpr,
     WHOLE: tl.constexpr,
-    stride_os=0, stride_ls=0, splits=1,
 ):  # fmt: skip
     i_head = tl.program_id(1)
     o_r = tl.arange(0, BM)

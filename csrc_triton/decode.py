@@ -300,13 +300,15 @@ def _split_triton(
     tau_min, tau_max = calibration or (0.0, 0.0)
     bd = next_power_of_2(d)
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
-        _attend_kernel[(tables.items_for(num_requests), kv_cache.shape[1])](
+        launch(
+            _attend_kernel, (tables.items_for(num_requests), kv_cache.shape[1]),
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, tables.num_runs, 0,
             tables.items, tables.plan, tables.item_start,
             scratch.out, num_heads * d, d, scratch.lse, num_heads, 1,
             scratch.low, scratch.high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
+            0, 0, 1,
             D=d, BD=bd, GROUP=num_heads // kv_cache.shape[1], BM=16, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,

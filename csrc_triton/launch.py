@@ -25,6 +25,7 @@ class _Parameters:
     """Which arguments of a kernel decide how it is compiled."""
 
     kernel: JITFunction
+    """Held, so that no other has its id."""
     tensors: tuple[int, ...]
     aligned: tuple[int, ...]
     numbers: tuple[int, ...]

@@ -250,20 +250,21 @@ def prefill_attention(
                 RANGE_OFFSET=page.range_offset // 2, MODE=mode, num_warps=1,
             )  # fmt: skip
             continue
-        _attend_kernel[grid](
+        launch(
+            _attend_kernel, grid,
             query, query.stride(0), query.stride(1), words, kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0), tables.num_runs, query_start_loc, first_request,
             tables.items, tables.plan, tables.item_start,
             part, part.stride(-3), part.stride(-2), part_lse, 1, part_lse.stride(-2),
             low, high, fmt.key_plane, fmt.value_plane, scale, tau_min, tau_max,
+            stride_os, stride_ls, splits,
             D=d, BD=bd, GROUP=group, BM=block, BT=32 if bd > 128 else 64,
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=False,
             DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
-            stride_os=stride_os, stride_ls=stride_ls, splits=splits, num_warps=4,
-            num_stages=pipeline_stages(fmt),
+            num_warps=4, num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if merges:
         launch(

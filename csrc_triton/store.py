@@ -415,7 +415,8 @@ def store(
     scratch = torch.empty(
         2 * visual * num_heads * page.tokens * page.head_size, dtype=torch.uint8, device=key.device
     )
-    _store_kernel[(text_tiles + 2 * visual, num_heads)](
+    launch(
+        _store_kernel, (text_tiles + 2 * visual, num_heads),
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache, words, kv_cache.stride(0), kv_cache.stride(1), slot_mapping, num_tokens, visual,
         tables.plan, tables.page_ids, tables.page_tokens, tables.page_rows,

@@ -149,8 +149,7 @@ def pipeline_stages(fmt: DeviceFormat) -> int:
     stages of one-bit channels at D = 128 are 134 KiB of an H100's 227.
     """
     bits = max(fmt.key_plane.shape[0], fmt.value_plane.shape[0])
-    width = 1 << (fmt.page.head_size - 1).bit_length()
-    return 3 if bits * width <= 128 else 1
+    return 3 if bits * next_power_of_2(fmt.page.head_size) <= 128 else 1
 
 
 def cache_words(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils
 
 import csrc_triton
 from csrc_triton.tables import DeviceFormat
+from tests.launches import record_launches
 from tests.test_profile import make_profile
 from vllm_calibquant.attention.reference import Calibration
 from vllm_calibquant.attention.store import Codec
@@ -31,57 +28,10 @@ from vllm_calibquant.profile import ModelIdentity
 MAX_REQS, MAX_TOKENS = 256, 2048
 
 
-class Hopper:
-    """What Triton asks a driver before a kernel is compiled."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.fixture
 def keys(monkeypatch) -> set[tuple[str, str]]:
     """Kernels and keys of what is launched, in place of launches."""
-    found: set[tuple[str, str]] = set()
-
-    def run(self, *args, grid, warmup, **kwargs):
-        assert all(isinstance(size, int) and size > 0 for size in grid)
-        key = triton_key(self, *args, **kwargs)
-        found.add((self.fn.__name__, key))
-        return Compiled(self, key, {k: v for k, v in kwargs.items() if k not in self.arg_names})
-
-    monkeypatch.setattr(importlib.import_module("csrc_triton.launch"), "_compiled", {})
-    monkeypatch.setattr(jit.JITFunction, "run", run)
-    monkeypatch.setattr(driver, "_active", Hopper())
-    return found
-
-
-def triton_key(kernel: jit.JITFunction, *args, **kwargs) -> str:
-    """What Triton keeps a compiled kernel under."""
-    _, key_cache, _, _, binder = kernel.device_caches[0]
-    _, specialization, options = binder(*args, **{**kwargs, "debug": False})
-    return jit.compute_cache_key(key_cache, specialization, options)
-
-
-class Compiled(NamedTuple):
-    """A compiled kernel that checks whether Triton too would have launched it."""
-
-    kernel: jit.JITFunction
-    key: str
-    options: dict[str, Any]
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        assert len(grid) == 3
-
-        def launched(*args) -> None:
-            assert triton_key(self.kernel, *args, **self.options) == self.key
-
-        return launched
+    return record_launches(monkeypatch).keys
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one
 class MixedCUDABackend(MixedBackend, FlashAttentionBackend):
     """vLLM's FlashAttention backend with 16-token pages, some of which hold codes."""
 
-    # Codes can then be attended to while new tokens are stored: only text waits for those.
+    # One op of a layer writes and attends; the host pays for each.
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -373,9 +373,9 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the tokens of a step and attend; shapes as in vLLM's FlashAttention backend."""
+        if attn_metadata is not None:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         if attn_metadata is None or not attn_metadata.visual:
-            if attn_metadata is not None:
-                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
             return super().forward(
                 layer,
                 query,
@@ -387,7 +387,6 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         text = self._text(query, kv_cache, attn_metadata)
         if n := attn_metadata.num_decodes:
             self._decode(query[:n], kv_cache, (text[0][:n], text[1][:, :n]), output[:n])

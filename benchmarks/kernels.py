@@ -254,8 +254,15 @@ def time_flash(
 
 def time_xformers(hq: int, hkv: int, tokens: int, batch: int, d: int = 128) -> float:
     """Microseconds of xformers' split-k decode in bf16, with its own choice of splits."""
-    from xformers.ops.fmha import attn_bias, memory_efficient_attention_forward, triton_splitk
+    from xformers.ops.fmha import (
+        attn_bias,
+        common,
+        memory_efficient_attention_forward,
+        triton_splitk,
+    )
 
+    # This kernel is in Triton; xformers' compiled library is for one version of PyTorch only.
+    common._built_with_cuda = True
     layers = num_layers(batch * tokens * hkv * 2 * d * 2)
     cache = torch.empty(
         layers, 2, 1, batch * tokens, hkv, 1, d, dtype=torch.bfloat16, device="cuda"

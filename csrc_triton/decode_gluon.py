@@ -202,6 +202,14 @@ def _least(scores, MMA: gl.constexpr):
 
 
 @gluon.jit
+def _load_item(p_items, p_half_start, i_item):
+    """Request, half runs and first tagged id of an item; runs of all requests before."""
+    p = p_items + 4 * i_item
+    req = gl.load(p)
+    return req, gl.load(p + 1), gl.load(p + 2), gl.load(p + 3), gl.load(p_half_start + req) // 2
+
+
+@gluon.jit
 def _request_extremes(
     p_low, p_high, first_item, end_item, o_h, m_c, NUM_HEADS: gl.constexpr, MMA: gl.constexpr
 ):
@@ -274,32 +282,31 @@ def _decode_kernel(
     STORES: gl.constexpr = MODE == 1 and GROUP == 1
     READS: gl.constexpr = MODE == 2 and GROUP == 1
     keep = gl.load(p_plan + 5) <= score_runs
+    p_kept = p_scores + i_head * (SLOTS * 16)
     if READS and PDL:
         gdc_wait()  # for the kept scores
+    req, begin, end, first, run_base = _load_item(p_items, p_half_start, item_begin)
+    base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+    k_stage = 0
+    v_stage = 1
+    _fetch_keys_or_scores(
+        READS, keep, ring.index(k_stage), kept.index(k_stage * (D // 32)), p_words + base // 2,
+        p_kept, run_base + begin // 2, D, CODES, P_RANGES, NUM_HEADS, SLOTS,
+    )  # fmt: skip
+    async_copy.commit_group()
+    if MODE != 1:
+        fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
+        async_copy.commit_group()
     for i_item in range(item_begin, item_end):
-        req = gl.load(p_items + 4 * i_item)
-        begin = gl.load(p_items + 4 * i_item + 1)
-        end = gl.load(p_items + 4 * i_item + 2)
-        first = gl.load(p_items + 4 * i_item + 3)
         run_begin = begin // 2
         run_end = (end + 1) // 2
         p_run = p_runs + req.to(gl.int64) * stride_runs
         last_slot = gl.load(p_run + run_begin * 2 + 1)
-        base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
-        p_run_scores = p_scores
-        if STORES or READS:
-            run = gl.load(p_half_start + req) // 2
-            p_run_scores += (run.to(gl.int64) * NUM_HEADS + i_head) * (SLOTS * 16)
-        k_stage = 0
-        v_stage = 1
-        _fetch_keys_or_scores(
-            READS, keep, ring.index(k_stage), kept.index(k_stage * (D // 32)), p_words + base // 2,
-            p_run_scores, run_begin, D, CODES, P_RANGES, NUM_HEADS, SLOTS,
-        )  # fmt: skip
-        async_copy.commit_group()
-        if MODE != 1:
-            fetch(ring.index(v_stage), p_words + base // 2, 1, D, CODES, P_RANGES)
-            async_copy.commit_group()
+        # Its first page is fetched while the last one of this item is used.
+        more_items = i_item + 1 < item_end
+        next_req, next_begin, next_end, next_first, next_base = _load_item(
+            p_items, p_half_start, gl.minimum(i_item + 1, item_end - 1)
+        )
 
         # Queries as a B operand [D, N] with the powers of the code bits.
         p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
@@ -325,16 +332,20 @@ def _decode_kernel(
         acc = gl.zeros([D, N], gl.float32, MMA)
         for i_run in range(run_begin, run_end):
             first_slot, end_slot = run_slots(first, last_slot, i_run, begin, end, HALF)
-            more = i_run + 1 < run_end
+            more_runs = i_run + 1 < run_end
+            more = more_runs | more_items
             ahead = gl.minimum(i_run + 1, run_end - 1)
             first = gl.load(p_run + ahead * 2)
             last_slot = gl.load(p_run + ahead * 2 + 1)
-            base = (first & PAGE_MASK).to(gl.int64) * stride_page + i_head * stride_head
+            page = gl.where(more_runs, first, next_first) & PAGE_MASK
+            base = page.to(gl.int64) * stride_page + i_head * stride_head
             k_next = STAGES - k_stage - v_stage
             if more:
                 _fetch_keys_or_scores(
                     READS, keep, ring.index(k_next), kept.index(k_next * (D // 32)),
-                    p_words + base // 2, p_run_scores, ahead, D, CODES, P_RANGES, NUM_HEADS, SLOTS,
+                    p_words + base // 2, p_kept,
+                    gl.where(more_runs, run_base + i_run + 1, next_base + next_begin // 2),
+                    D, CODES, P_RANGES, NUM_HEADS, SLOTS,
                 )  # fmt: skip
             async_copy.commit_group()
             async_copy.wait_group(STAGES - 1)
@@ -355,7 +366,7 @@ def _decode_kernel(
             rescale = gl.full([N], 1.0, gl.float32, COLUMN)
             for part in gl.static_range(PARTS):
                 if (first_slot < (part + 1) * PART_SLOTS) & (end_slot > part * PART_SLOTS):
-                    p_part = p_run_scores + i_run.to(gl.int64) * (NUM_HEADS * SLOTS * 16)
+                    p_part = p_kept + (run_base + i_run).to(gl.int64) * (NUM_HEADS * SLOTS * 16)
                     scores = _keys_or_kept_scores(
                         READS, keep, ring.index(k_stage), kept.index(k_stage * (D // 32)),
                         qs, bias, D, BITS, SLOTS, PART_SLOTS, part, MMA, A,
@@ -440,3 +451,4 @@ def _decode_kernel(
             out = acc / gl.where(total > 0, total, 1.0)[None, :]
             gl.store(p_out + at[None, :] * D + o_d[:, None], out, mask=m_c[None, :])
             gl.store(p_lse + at, lse, mask=m_c)
+        req, begin, end, first, run_base = next_req, next_begin, next_end, next_first, next_base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
@@ -178,19 +179,31 @@ def decode_attention(
     has_text = text is not None
     text_out, text_lse = text or (query, scratch.lse)
     out_lse = scratch.lse if lse is None else lse
-    # Few requests have many items each, and what counts is how often one load waits for another.
-    items = 32 if num_requests * 16 <= tables.target_programs else 16
+    heads, items, warps = _merge_tile(tables, num_requests, num_heads, planes)
     launch(
-        _merge_splits_kernel, (num_requests, num_heads),
+        _merge_splits_kernel, (num_requests, num_heads // heads),
         scratch.out, scratch.lse, tables.item_start, 0,
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
-        fmt.value_plane, NUM_HEADS=num_heads, D=d, BD=next_power_of_2(d), HAS_TEXT=has_text,
-        HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
+        fmt.value_plane, NUM_HEADS=num_heads, BH=heads, D=d, BD=next_power_of_2(d),
+        HAS_TEXT=has_text, HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
         BITS=fmt.value_plane.shape[0] if planes else 0, BP=next_power_of_2(planes + d),
-        num_warps=items // 8 * (2 if planes else 1),
+        num_warps=warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+
+
+def _merge_tile(
+    tables: StepTables, num_requests: int, num_heads: int, planes: int
+) -> tuple[int, int, int]:
+    """Heads of a program of the merge, items that it loads at a time, and its warps."""
+    # Few requests have many items each, and what counts is how often one load waits for another.
+    if num_requests * 16 <= tables.target_programs:
+        return 1, 32, 8 if planes else 4
+    if planes:
+        return 1, 16, 4
+    # Many have few, and what counts is what programs do once.
+    return gcd(num_heads, 4), 8, 1
 
 
 def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:

@@ -38,55 +38,61 @@ def _merge_splits_kernel(
     p_part, p_part_lse, p_item_start, first_req,
     p_text, stride_tt, stride_th, p_text_lse, stride_lh,
     p_out, stride_ot, stride_oh, p_lse, stride_eh, p_plane,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    NUM_HEADS: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr,
     PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
+    """A program merges BH heads of a request, BI items at a time."""
     i_row = tl.program_id(0)
-    i_head = tl.program_id(1)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
+    m_d = (o_d < D)[None, :]
     # All that does not hang on something else is loaded at once: this launch is mostly waiting.
     begin = tl.load(p_item_start + first_req + i_row)
     end = tl.load(p_item_start + first_req + i_row + 1)
-    m_i = tl.full([], float("-inf"), tl.float32)
-    l_i = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([BD], tl.float32)
+    m_h = tl.full([BH], float("-inf"), tl.float32)
+    l_h = tl.full([BH], 0.0, tl.float32)
+    acc = tl.zeros([BH, BD], tl.float32)
     o_p = tl.arange(0, BP)
-    wide = tl.zeros([BP], tl.float32)
+    wide = tl.zeros([BH, BP], tl.float32)
     if HAS_TEXT:
-        text_lse = tl.load(p_text_lse + i_head * stride_lh + i_row)
-        p_text += i_row.to(tl.int64) * stride_tt + i_head * stride_th
-        text = tl.load(p_text + o_d, mask=m_d, other=0).to(tl.float32)
+        text_lse = tl.load(p_text_lse + o_h * stride_lh + i_row)
+        p_text += i_row.to(tl.int64) * stride_tt
+        text = tl.load(p_text + o_h[:, None] * stride_th + o_d[None, :], mask=m_d, other=0)
         # FlashAttention gives +inf for a row without keys, whose output may be anything.
         has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
-        m_i = tl.where(has_keys, text_lse, float("-inf"))
-        l_i = tl.where(has_keys, 1.0, 0.0)
-        acc = tl.where(has_keys, text, 0.0)
+        m_h = tl.where(has_keys, text_lse, float("-inf"))
+        l_h = tl.where(has_keys, 1.0, 0.0)
+        acc = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
     if PDL:
         gdc_wait()  # only now are the partial results of the launch before this one complete
     for start in range(begin, end, BI):
         o_i = start + tl.arange(0, BI)
-        m_item = o_i < end
-        at = o_i * NUM_HEADS + i_head
+        m_item = (o_i < end)[:, None]
+        at = o_i[:, None] * NUM_HEADS + o_h[None, :]
         lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
-        m = m_item[:, None] & (o_p < PLANES + D)[None, :]
-        x = tl.load(p_part + at[:, None] * (PLANES + D) + o_p[None, :], mask=m, other=0)
-        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        m = m_item[:, :, None] & (o_p < PLANES + D)[None, None, :]
+        x = tl.load(p_part + at[:, :, None] * (PLANES + D) + o_p[None, None, :], mask=m, other=0)
+        m_new = tl.maximum(m_h, tl.max(lse, 0))
         m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
-        old = tl.exp(m_i - m_safe)
-        new = tl.exp(lse - m_safe)
-        acc *= old
-        wide = wide * old + tl.sum(x * new[:, None], 0)
-        l_i = l_i * old + tl.sum(new, 0)
-        m_i = m_new
-    acc += combine_planes(wide, p_plane, o_d, D, PLANES, BITS, BP) if PLANES > 0 else wide
-    safe = tl.where(l_i > 0, l_i, 1.0)
-    p_row = p_out + i_row.to(tl.int64) * stride_ot + i_head * stride_oh
-    tl.store(p_row + o_d, (acc / safe).to(p_out.dtype.element_ty), mask=m_d)
+        old = tl.exp(m_h - m_safe)
+        new = tl.exp(lse - m_safe[None, :])
+        acc *= old[:, None]
+        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
+        l_h = l_h * old + tl.sum(new, 0)
+        m_h = m_new
+    if PLANES > 0:
+        tl.static_assert(BH == 1)
+        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
+        acc += parts[None, :]
+    else:
+        acc += wide
+    safe = tl.where(l_h > 0, l_h, 1.0)
+    p_row = p_out + i_row.to(tl.int64) * stride_ot + o_h[:, None] * stride_oh
+    tl.store(p_row + o_d[None, :], (acc / safe[:, None]).to(p_out.dtype.element_ty), mask=m_d)
     if HAS_LSE:
-        out_lse = tl.where(l_i > 0, m_i + tl.log(safe), float("-inf"))
-        tl.store(p_lse + i_head * stride_eh + i_row, out_lse)
+        out_lse = tl.where(l_h > 0, m_h + tl.log(safe), float("-inf"))
+        tl.store(p_lse + o_h * stride_eh + i_row, out_lse)
 
 
 # Log-sum-exps may begin at any row of a batch.

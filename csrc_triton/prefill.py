@@ -7,6 +7,7 @@ among several, whose results a second kernel merges.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import triton
@@ -61,11 +62,14 @@ def _merge_kernel(
     p_part, p_part_lse, stride_os, stride_ls, p_query_start, first_req, first_query,
     p_out, stride_ot, stride_oh, p_lse, stride_lh, stride_pr, stride_ph, window, splits,
     p_text, stride_xt, stride_xh, p_text_lse, stride_xl,
-    p_plane, D: tl.constexpr, BD: tl.constexpr, NUM_HEADS: tl.constexpr, BS: tl.constexpr,
-    HAS_TEXT: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
+    p_plane, NUM_HEADS: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BS: tl.constexpr, HAS_TEXT: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """With PLANES, parts have a row for each query of the window, as in csrc_triton.merge."""
-    i_head = tl.program_id(1)
+    """A program merges BH heads of a query, BS shares at a time.
+
+    With PLANES, parts have a row for each query of the window, as in csrc_triton.merge.
+    """
     req = first_req + tl.program_id(0) // window
     row = tl.load(p_query_start + req) + first_query + tl.program_id(0) % window
     if row >= tl.load(p_query_start + req + 1):
@@ -74,39 +78,51 @@ def _merge_kernel(
     i_part = row
     if PLANES > 0:
         i_part = tl.program_id(0).to(tl.int64)
-    o_s = tl.arange(0, BS)
-    m_s = o_s < splits
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    p_lses = p_part_lse + o_s * stride_ls + i_head * stride_ph + i_part * stride_pr
-    lse = tl.load(p_lses, mask=m_s, other=float("-inf"))
-    top = tl.max(lse, 0)
-    text_lse = tl.full([], float("-inf"), tl.float32)
-    if HAS_TEXT:
-        text_lse = tl.load(p_text_lse + i_head * stride_xl + row)
-        text = tl.load(p_text + row * stride_xt + i_head * stride_xh + o_d, mask=m_d, other=0)
-        # FlashAttention gives +inf for a row without keys, whose output may be anything.
-        text_lse = tl.where(text_lse == float("inf"), float("-inf"), text_lse)
-        top = tl.maximum(top, text_lse)
-    safe = tl.where(top > float("-inf"), top, 0.0)
-    weight = tl.exp(lse - safe)
+    m_d = (o_d < D)[None, :]
     o_p = tl.arange(0, BP)
-    p_row = p_part + (i_part * NUM_HEADS + i_head) * (PLANES + D) + o_s[:, None] * stride_os
-    m = m_s[:, None] & (o_p < PLANES + D)[None, :]
-    part = tl.load(p_row + o_p[None, :], mask=m, other=0).to(tl.float32)
-    total = tl.sum(weight, 0)
-    wide = tl.sum(part * weight[:, None], 0)
-    out = combine_planes(wide, p_plane, o_d, D, PLANES, BITS, BP) if PLANES > 0 else wide
+    m_h = tl.full([BH], float("-inf"), tl.float32)
+    l_h = tl.zeros([BH], tl.float32)
+    out = tl.zeros([BH, BD], tl.float32)
+    wide = tl.zeros([BH, BP], tl.float32)
     if HAS_TEXT:
-        text_weight = tl.exp(text_lse - safe)
-        total += text_weight
-        out += tl.where(text_weight > 0, text.to(tl.float32) * text_weight, 0.0)
-    some = tl.where(total > 0, total, 1.0)
-    out /= some
-    p_row = p_out + row * stride_ot + i_head * stride_oh
-    tl.store(p_row + o_d, out.to(p_out.dtype.element_ty), mask=m_d)
-    tl.store(p_lse + i_head * stride_lh + row,
-             tl.where(total > 0, top + tl.log(some), float("-inf")))  # fmt: skip
+        text_lse = tl.load(p_text_lse + o_h * stride_xl + row)
+        p_text += row * stride_xt
+        text = tl.load(p_text + o_h[:, None] * stride_xh + o_d[None, :], mask=m_d, other=0)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
+        m_h = tl.where(has_keys, text_lse, float("-inf"))
+        l_h = tl.where(has_keys, 1.0, 0.0)
+        out = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
+    for start in range(0, splits, BS):
+        o_s = start + tl.arange(0, BS)
+        m_s = (o_s < splits)[:, None]
+        at = o_s[:, None] * stride_ls + o_h[None, :] * stride_ph + i_part * stride_pr
+        lse = tl.load(p_part_lse + at, mask=m_s, other=float("-inf"))
+        at = o_s[:, None] * stride_os + ((i_part * NUM_HEADS + o_h) * (PLANES + D))[None, :]
+        m = m_s[:, :, None] & (o_p < PLANES + D)[None, None, :]
+        x = tl.load(p_part + at[:, :, None] + o_p[None, None, :], mask=m, other=0).to(tl.float32)
+        m_new = tl.maximum(m_h, tl.max(lse, 0))
+        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+        old = tl.exp(m_h - m_safe)
+        new = tl.exp(lse - m_safe[None, :])
+        out *= old[:, None]
+        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
+        l_h = l_h * old + tl.sum(new, 0)
+        m_h = m_new
+    if PLANES > 0:
+        tl.static_assert(BH == 1)
+        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
+        out += parts[None, :]
+    else:
+        out += wide
+    some = tl.where(l_h > 0, l_h, 1.0)
+    out /= some[:, None]
+    p_row = p_out + row * stride_ot + o_h[:, None] * stride_oh
+    tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
+    out_lse = tl.where(l_h > 0, m_h + tl.log(some), float("-inf"))
+    tl.store(p_lse + o_h * stride_lh + row, out_lse)
 
 
 def _choose_kernel(kernel: str, fmt: DeviceFormat, device: torch.device, rows: int) -> str:
@@ -267,13 +283,14 @@ def prefill_attention(
             num_warps=4, num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if merges:
+        heads = gcd(num_heads, 4)
         launch(
-            _merge_kernel, (num_requests * max_query_len, num_heads),
+            _merge_kernel, (num_requests * max_query_len, num_heads // heads),
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,
             out, out.stride(0), out.stride(1), lse, lse.stride(0), 1, part_lse.stride(1),
-            max_query_len, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d, BD=bd,
-            NUM_HEADS=num_heads, BS=MAX_SPLITS, HAS_TEXT=text is not None, PLANES=0, BITS=0,
-            BP=bd, num_warps=2,
+            max_query_len, splits, *_text_arguments(text, out, lse), fmt.value_plane,
+            NUM_HEADS=num_heads, BH=heads, D=d, BD=bd, BS=8, HAS_TEXT=text is not None,
+            PLANES=0, BITS=0, BP=bd, num_warps=1,
         )  # fmt: skip
 
 
@@ -325,8 +342,8 @@ def _prefill_planes(
             _merge_kernel, (num_requests * window, num_heads),
             part, part_lse, part.stride(0), part_lse.stride(0), query_start_loc, first_request,
             first_query, out, out.stride(0), out.stride(1), lse, lse.stride(0), num_heads, 1,
-            window, splits, *_text_arguments(text, out, lse), fmt.value_plane, D=d,
-            BD=next_power_of_2(d), NUM_HEADS=num_heads, BS=MAX_SPLITS,
+            window, splits, *_text_arguments(text, out, lse), fmt.value_plane,
+            NUM_HEADS=num_heads, BH=1, D=d, BD=next_power_of_2(d), BS=MAX_SPLITS,
             HAS_TEXT=text is not None, PLANES=planes, BITS=fmt.value_plane.shape[0],
             BP=next_power_of_2(planes + d), num_warps=4,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import attention, basis, decode, merge, metadata
+from csrc_triton import attention, basis, decode, merge, metadata, prefill
 from csrc_triton.store import (
     PROFILE_REGISTERS,
     STORE_REGISTERS,
@@ -155,11 +155,14 @@ def test_attention(capability, mode, prefill, head_size):
 
 
 def test_merge():
-    splits = {"NUM_HEADS": 28, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
+    splits = {"NUM_HEADS": 28, "BH": 4, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
               "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0, "BP": 128}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
-    planes = {"D": 128, "PLANES": 160, "BITS": 3, "BP": 512}
+    planes = {"BH": 1, "D": 128, "PLANES": 160, "BITS": 3, "BP": 512}
     compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=1)
+    shares = {k: v for k, v in splits.items() if k not in ("HAS_LSE", "BI", "PDL")} | {"BS": 4}
+    compile_kernel(prefill._merge_kernel, shares, 80, num_warps=1)
+    compile_kernel(prefill._merge_kernel, shares | planes | {"BS": 16}, 80, num_warps=4)
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
     compile_kernel(basis._turn_query_kernel, turned, 80, num_warps=2)
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)

@@ -199,7 +199,7 @@ def _merge_tile(
     """Heads of a program of the merge, items that it loads at a time, and its warps."""
     # Few requests have many items each, and what counts is how often one load waits for another.
     if num_requests * 16 <= tables.target_programs:
-        return 1, 32, 8 if planes else 4
+        return 1, 32, 8 if planes else 2
     if planes:
         return 1, 16, 4
     # Many have few, and what counts is what programs do once.

@@ -204,32 +204,40 @@ class Engine:
             self.log.close()
 
 
-class HttpServer:
-    """A ``vllm serve`` and its client; the client starts at once, the server when it may."""
+class HttpServers:
+    """``vllm serve`` for some KV cache dtypes, and their client.
+
+    The client starts at once, the servers when they may.
+    """
 
     def __init__(self, job: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
         from benchmarks.models import make_model
 
-        self.job, self.env = job, env
+        self.job = job
         stem = f"http-{job['model']}-{job['dtype']}"
         self.directory = make_model(job["model"], folder / stem)
         logs = Path(job["log_dir"] or self.directory)
-        self.log = logs / f"{stem}.log"
         self.client = serving_http.Client(logs / f"{stem}-client.log")
-        self.server: serving_http.Server | None = None
+        arguments = job["arguments"]
+        if not job["dry_run"]:
+            share = serving_http.MEMORY_SHARE / len(job["dtypes"])
+            arguments = [*arguments, "--gpu-memory-utilization", f"{share:.2f}"]
+        self.servers = {
+            dtype: serving_http.Server(
+                self.directory, dtype, arguments, logs / f"{stem}-{dtype}.log", env
+            )
+            for dtype in job["dtypes"]
+        }
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """Cells, to its end or to its limit."""
+        """Cells, to their end or to their limit."""
         job = self.job
-        self.server = serving_http.Server(
-            self.directory, job["dtype"], job["arguments"], self.log, self.env
-        )
         load = serving_http.DRY_LOAD if job["dry_run"] else serving_http.Load()
         load = load._replace(repeats=job["plan"].get("http_repeats", load.repeats))
         begin = time.monotonic()
         try:
             for cell in serving_http.measure(
-                self.server, self.client, self.directory, job["model"], load
+                self.servers, self.client, self.directory, job["model"], load
             ):
                 yield {"scenario": "http", **cell}
                 if time.monotonic() - begin > job["limit_s"]:
@@ -239,14 +247,14 @@ class HttpServer:
             yield {"scenario": "http", "error": str(error)}
 
     def stop(self) -> None:
-        """End both."""
+        """End them all."""
         self.client.stop()
-        if self.server is not None:
-            self.server.stop()
+        for server in self.servers.values():
+            server.stop()
 
 
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One job for each engine, in order; those behind HTTP last."""
+    """One job for each engine, in order; behind them HTTP, each dtype beside the first one."""
     every = {
         "settings": {**(DRY_ENGINE if args.dry_run else ENGINE), **args.settings},
         "plan": args.plan,
@@ -260,12 +268,20 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
         "scenario_limit_s": args.limit,
         "log_dir": str(args.log_dir) if args.log_dir else None,
     }
-    return [
-        {"model": model, "dtype": dtype, "scenarios": scenarios, **every}
-        for scenarios in ([s for s in IN_PROCESS if s in args.scenarios], ["http"])
+    in_process = [s for s in IN_PROCESS if s in args.scenarios]
+    todo = [
+        {"model": model, "dtype": dtype, "scenarios": in_process, **every}
         for model in args.models
         for dtype in args.dtypes
-        if scenarios and set(scenarios) <= set(args.scenarios)
+        if in_process
+    ]
+    if "http" not in args.scenarios:
+        return todo
+    first, *others = args.dtypes
+    return todo + [
+        {"model": model, "dtype": dtypes[-1], "dtypes": dtypes, "scenarios": ["http"], **every}
+        for model in args.models
+        for dtypes in ([[first, other] for other in others] or [[first]])
     ]
 
 
@@ -279,7 +295,7 @@ class Benchmark:
     record: dict[str, Any]
     path: Path
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _started: list[Engine | HttpServer] = field(default_factory=list)
+    _started: list[Engine | HttpServers] = field(default_factory=list)
     _errors: list[BaseException] = field(default_factory=list)
 
     def run(self) -> None:
@@ -319,13 +335,13 @@ class Benchmark:
 
     def _start(
         self, device: str | None, folder: Path, at_least: int = 1
-    ) -> Engine | HttpServer | None:
+    ) -> Engine | HttpServers | None:
         with self._lock:
             if len(self.todo) < at_least:
                 return None
             job = self.todo.popleft()
             env = dict(os.environ) if device is None else {**os.environ, PINNED: device}
-            kind = HttpServer if job["scenarios"] == ["http"] else Engine
+            kind = HttpServers if job["scenarios"] == ["http"] else Engine
             one = kind(job, folder, env)
             self._started.append(one)
             return one

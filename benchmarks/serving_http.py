@@ -4,8 +4,8 @@ What must not become worse, and what images gain, through everything that a user
 HTTP server, chat template, tokenizer, image processor.  Engine settings are vLLM's defaults,
 torch.compile and all CUDA graphs included.
 
-What goals look at is short, and a shared host noisy: these loads take turns, several times, and
-their figures are medians.
+What goals look at is short, and a shared host noisy: so the servers of two KV cache dtypes are up
+at once and asked the same in turns, several times, and figures are medians.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ARGUMENTS = ["--max-model-len", "32768", "--kv-cache-memory-bytes", str(20 * 10**9)]
+ARGUMENTS = ["--max-model-len", "32768", "--kv-cache-memory-bytes", str(12 * 10**9)]
+MEMORY_SHARE = 0.9
+"""Of a GPU, for all servers that are up at once."""
 DRY_ARGUMENTS = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
 DRY_ARGUMENTS += ["--enforce-eager", "--max-num-seqs", "8"]
 ONE_IMAGE = ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
@@ -77,7 +79,7 @@ ADDED = ("requests", "failed", "cell_s")
 
 
 class Server:
-    """``vllm serve`` on a free port."""
+    """``vllm serve`` on a free port, once it is started."""
 
     def __init__(
         self, directory: Path, dtype: str, arguments: list[str], log: Path, env: dict[str, str]
@@ -85,28 +87,33 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log = log
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
-        command += ["--load-format", "dummy", "--port", str(self.port)]
-        command += ["--kv-cache-dtype", dtype, *arguments]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env
-            )
+        self.log, self.env = log, env
+        self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
+        self.command += ["--load-format", "dummy", "--port", str(self.port)]
+        self.command += ["--kv-cache-dtype", dtype, *arguments]
+        self.process: subprocess.Popen[bytes] | None = None
 
     def get(self, path: str) -> str:
         """Body of an answer."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             return answer.read().decode()
 
-    def wait(self, seconds: float) -> None:
-        """Until it answers.
+    def start(self, seconds: float) -> None:
+        """Start it, and wait until it answers.
 
         Raises
         ------
         RuntimeError
             If it ends before, or does not answer in time.
         """
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self.env,
+            )
         end = time.monotonic() + seconds
         while True:
             with contextlib.suppress(OSError):
@@ -133,7 +140,8 @@ class Server:
 
     def stop(self) -> None:
         """End it, and whatever it started."""
-        _kill(self.process)
+        if self.process is not None:
+            _kill(self.process)
 
 
 class Client:
@@ -322,34 +330,43 @@ def combined(what: str, repeats: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    server: Server, client: Client, directory: Path, model: str, load: Load
+    servers: Mapping[str, Server], client: Client, directory: Path, model: str, load: Load
 ) -> Iterator[dict[str, Any]]:
-    """Cells of one server, which may still be starting.
+    """Cells of servers of some KV cache dtypes, one started after the other.
 
     Raises
     ------
     RuntimeError
-        If the server does not start or a run fails; cells of what ran before come first.
+        If a server does not start or a run fails; cells of what ran before come first.
     """
-    begin = time.perf_counter()
     prepared = dict(loads(directory, model, load))
-    server.wait(load.start_limit_s)
-    yield {"what": "start", "seconds": round(time.perf_counter() - begin, 1)}
-    # In turns: what disturbs the host for a while does not hit one load alone.
+    for dtype, server in servers.items():
+        begin = time.perf_counter()
+        server.start(load.start_limit_s)
+        seconds = round(time.perf_counter() - begin, 1)
+        yield {"dtype": dtype, "what": "start", "seconds": seconds}
+    # In turns: what disturbs the host for a while does not hit one load or server alone.
     order = [(what, seed) for seed in range(load.repeats) for what in REPEATED]
     order += [(what, 0) for what in prepared if what not in REPEATED]
-    found: dict[str, list[dict[str, Any]]] = {what: [] for what in prepared}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     try:
         for number, (what, seed) in enumerate(order):
-            options = ["--port", str(server.port), "--model", str(directory), *prepared[what]]
-            path = directory / f"bench-{number}.json"
-            found[what].append(_run(server, client, options, seed, path, load.bench_limit_s))
+            for dtype in [*servers][:: 1 if seed % 2 == 0 else -1]:
+                server = servers[dtype]
+                options = ["--port", str(server.port), "--model", str(directory), *prepared[what]]
+                path = directory / f"bench-{dtype}-{number}.json"
+                run = _run(server, client, options, seed, path, load.bench_limit_s)
+                found.setdefault((dtype, what), []).append(run)
             if what not in (later for later, _ in order[number + 1 :]):
-                yield combined(what, found.pop(what))
+                for dtype in servers:
+                    yield {"dtype": dtype, **combined(what, found.pop((dtype, what)))}
     except (RuntimeError, OSError):
-        yield from (combined(what, repeats) for what, repeats in found.items() if repeats)
+        for (dtype, what), repeats in found.items():
+            yield {"dtype": dtype, **combined(what, repeats)}
         raise
-    yield {"what": "compiled while serving", "kernels": server.compiled_late()}
+    for dtype, server in servers.items():
+        late = server.compiled_late()
+        yield {"dtype": dtype, "what": "compiled while serving", "kernels": late}
 
 
 if __name__ == "__main__":

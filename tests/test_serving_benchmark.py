@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -103,12 +104,10 @@ def test_a_server_answers_all_that_is_asked_over_http(record: Path):
 class FakeServer:
     """Answers at once; half of the prompt tokens of each run hit."""
 
-    port = 1
+    def __init__(self, port: int = 1) -> None:
+        self.port, self.looked = port, 0
 
-    def __init__(self) -> None:
-        self.looked = 0
-
-    def wait(self, seconds: float) -> None:
+    def start(self, seconds: float) -> None:
         """It has started."""
 
     def prefix_hits(self) -> tuple[float, float]:
@@ -148,7 +147,8 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     client = FakeClient(rates)
     load = serving_http.DRY_LOAD._replace(repeats=3)
     model = serving.DRY_MODEL
-    cells = [*serving_http.measure(FakeServer(), client, tmp_path, model, load)]
+    cells = [*serving_http.measure({"auto": FakeServer()}, client, tmp_path, model, load)]
+    assert {cell.pop("dtype") for cell in cells} == {"auto"}
     turn = ["random", "sharegpt", "random-mm"]
     assert [run["--dataset-name"] for run in client.ran] == [*turn * 3, "custom_image"]
     assert [run["--seed"] for run in client.ran] == [*"000111222", "0"]
@@ -171,10 +171,45 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     assert (Plan().http_repeats, DRY_RUN.http_repeats) == (3, 1)
 
 
+def test_two_servers_are_asked_the_same_in_turns(tmp_path: Path):
+    """Neither is always the first: what changes with time is the same for both."""
+    rates = [float(rate) for rate in range(1, 15)]
+    client = FakeClient(rates)
+    servers = {"auto": FakeServer(1), "calibquant1": FakeServer(2)}
+    load = serving_http.DRY_LOAD._replace(repeats=2)
+    cells = [*serving_http.measure(servers, client, tmp_path, serving.DRY_MODEL, load)]
+    assert "".join(run["--port"] for run in client.ran) == "12" * 3 + "21" * 3 + "12"
+    for one, two in zip(client.ran[::2], client.ran[1::2], strict=True):
+        assert {**one, "--port": 0, "file": 0} == {**two, "--port": 0, "file": 0}
+    assert len({run["file"] for run in client.ran}) == len(rates)
+    found = {(cell["dtype"], cell["what"]): cell for cell in cells}
+    assert len(found) == len(cells) == 2 * 6
+    for dtype, own in (("auto", (1, 8)), ("calibquant1", (2, 7))):
+        repeats = found[dtype, "text, fixed lengths"]["repeats"]
+        assert [repeat["output_tokens_per_s"] for repeat in repeats] == [*own]
+
+
+def test_servers_are_paired_with_the_first_dtype():
+    def dtypes(names: list[str]) -> list[list[str]]:
+        return [job["dtypes"] for job in serving.jobs(options(dtypes=names, scenarios=["http"]))]
+
+    def options(**given) -> argparse.Namespace:
+        none = dict.fromkeys(("pool_gb", "log_dir", "engine_limit", "limit"))
+        return argparse.Namespace(
+            models=["m"], settings={}, plan={}, dry_run=False, **none, **given
+        )
+
+    assert dtypes(["auto"]) == [["auto"]]
+    assert dtypes(["auto", "fp8", "calibquant1"]) == [["auto", "fp8"], ["auto", "calibquant1"]]
+    every = serving.jobs(options(dtypes=["auto", "fp8"], scenarios=["http", "decode"]))
+    assert [job["scenarios"] for job in every] == [["decode"], ["decode"], ["http"]]
+
+
 def test_a_run_that_fails_does_not_lose_those_before_it(tmp_path: Path):
     client = FakeClient([300.0, 10.0, 7.0, 100.0], fails_at=4)
     load = serving_http.DRY_LOAD._replace(repeats=3)
-    measured = serving_http.measure(FakeServer(), client, tmp_path, serving.DRY_MODEL, load)
+    servers = {"auto": FakeServer()}
+    measured = serving_http.measure(servers, client, tmp_path, serving.DRY_MODEL, load)
     cells = [next(measured) for _ in range(4)]
     with pytest.raises(RuntimeError, match="it took longer"):
         next(measured)

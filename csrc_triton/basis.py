@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .merge import without_keys
 from .tables import cdiv, next_power_of_2
 
 ROWS, COLUMNS = 16, 32
@@ -81,7 +80,8 @@ def _merge_turned_kernel(
     lse = tl.load(p_lse + i_head * stride_ll + token, mask=m_r, other=float("-inf"))
     lse += scale * tl.load(p_shift + i_head * stride_sh + token, mask=m_r, other=0)
     text_lse = tl.load(p_text_lse + i_head * stride_tl + token, mask=m_r, other=float("-inf"))
-    text_lse = without_keys(text_lse)
+    # FlashAttention gives +inf for a row without keys, whose output may be anything.
+    text_lse = tl.where(text_lse == float("inf"), float("-inf"), text_lse)
     top = tl.maximum(lse, text_lse)
     top = tl.where(top == float("-inf"), 0.0, top)
     weight, text_weight = tl.exp(lse - top), tl.exp(text_lse - top)

@@ -9,8 +9,6 @@ those of components here, ``PLANES`` of them before one for the offset of each c
 
 from __future__ import annotations
 
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
@@ -20,65 +18,18 @@ from .launch import launch
 from .tables import next_power_of_2
 
 
-def merged_heads(num_heads: int) -> int:
-    """Heads of a program, where many merge few parts each: what a program does once counts."""
-    return gcd(num_heads, 4)
-
-
 @triton.jit
-def components(
-    wide, p_plane, o_d, D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr
+def combine_planes(
+    wide, p_plane, o_d, D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """Numbers [1, BD] of components o_d from those of V planes and, behind them, of offsets."""
-    tl.static_assert(wide.shape[0] == 1)
-    BP: tl.constexpr = wide.shape[1]
-    wide = wide.reshape([BP])
+    """Numbers of components o_d from [BP] of V planes and, behind them, of offsets."""
     out = tl.gather(wide, tl.minimum(PLANES + o_d, BP - 1), 0)
     for b in tl.static_range(BITS):
         plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
         x = tl.gather(wide, tl.maximum(plane, 0), 0)
         out += tl.where(plane >= 0, x, 0.0) * (1 << b)
-    return out[None, :]
-
-
-@triton.jit
-def without_keys(lse):
-    """Log-sum-exps with -inf for FlashAttention's +inf: no keys, and the output may be anything."""
-    return tl.where(lse == float("inf"), float("-inf"), lse)
-
-
-@triton.jit
-def text_part(
-    p_row, stride_head, p_lse, stride_lse, o_h, o_d, D: tl.constexpr, HAS_TEXT: tl.constexpr
-):
-    """What a merge of heads o_h of a row begins with: the text part, or nothing.
-
-    Returns the largest log-sum-exp and the sum of weights, [heads], and the output [heads, BD].
-    """
-    top = tl.full([o_h.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([o_h.shape[0]], tl.float32)
-    out = tl.zeros([o_h.shape[0], o_d.shape[0]], tl.float32)
-    if HAS_TEXT:
-        top = without_keys(tl.load(p_lse + o_h * stride_lse))
-        m = (o_d < D)[None, :]
-        out = tl.load(p_row + o_h[:, None] * stride_head + o_d[None, :], mask=m, other=0)
-        total = tl.where(top > float("-inf"), 1.0, 0.0)
-        out = tl.where((top > float("-inf"))[:, None], out.to(tl.float32), 0.0)
-    return top, total, out
-
-
-@triton.jit
-def add_parts(top, total, out, lse, x):
-    """Add parts with log-sum-exps [parts, heads] and outputs x [parts, heads, BP].
-
-    Returns the new state, and the factor that it has scaled the old one by.
-    """
-    new_top = tl.maximum(top, tl.max(lse, 0))
-    safe = tl.where(new_top > float("-inf"), new_top, 0.0)
-    old = tl.exp(top - safe)
-    weight = tl.exp(lse - safe[None, :])
-    out = out * old[:, None] + tl.sum(x * weight[:, :, None], 0)
-    return new_top, total * old + tl.sum(weight, 0), out, old
+    return out
 
 
 # One compilation for all steps: strides of log-sum-exps are numbers of tokens.
@@ -95,17 +46,24 @@ def _merge_splits_kernel(
     i_row = tl.program_id(0)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
-    o_p = tl.arange(0, BP)
+    m_d = (o_d < D)[None, :]
     # All that does not hang on something else is loaded at once: this launch is mostly waiting.
     begin = tl.load(p_item_start + first_req + i_row)
     end = tl.load(p_item_start + first_req + i_row + 1)
-    top, total, out = text_part(
-        p_text + i_row.to(tl.int64) * stride_tt, stride_th, p_text_lse + i_row, stride_lh,
-        o_h, o_d, D, HAS_TEXT,
-    )  # fmt: skip
-    wide = out
-    if PLANES > 0:
-        wide = tl.zeros([BH, BP], tl.float32)
+    m_h = tl.full([BH], float("-inf"), tl.float32)
+    l_h = tl.full([BH], 0.0, tl.float32)
+    acc = tl.zeros([BH, BD], tl.float32)
+    o_p = tl.arange(0, BP)
+    wide = tl.zeros([BH, BP], tl.float32)
+    if HAS_TEXT:
+        text_lse = tl.load(p_text_lse + o_h * stride_lh + i_row)
+        p_text += i_row.to(tl.int64) * stride_tt
+        text = tl.load(p_text + o_h[:, None] * stride_th + o_d[None, :], mask=m_d, other=0)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
+        m_h = tl.where(has_keys, text_lse, float("-inf"))
+        l_h = tl.where(has_keys, 1.0, 0.0)
+        acc = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
     if PDL:
         gdc_wait()  # only now are the partial results of the launch before this one complete
     for start in range(begin, end, BI):
@@ -115,27 +73,26 @@ def _merge_splits_kernel(
         lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
         m = m_item[:, :, None] & (o_p < PLANES + D)[None, None, :]
         x = tl.load(p_part + at[:, :, None] * (PLANES + D) + o_p[None, None, :], mask=m, other=0)
-        top, total, wide, old = add_parts(top, total, wide, lse, x)
-        if PLANES > 0:
-            out *= old[:, None]
+        m_new = tl.maximum(m_h, tl.max(lse, 0))
+        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+        old = tl.exp(m_h - m_safe)
+        new = tl.exp(lse - m_safe[None, :])
+        acc *= old[:, None]
+        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
+        l_h = l_h * old + tl.sum(new, 0)
+        m_h = m_new
     if PLANES > 0:
-        out += components(wide, p_plane, o_d, D, PLANES, BITS)
+        tl.static_assert(BH == 1)
+        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
+        acc += parts[None, :]
     else:
-        out = wide
-    safe = tl.where(total > 0, total, 1.0)
+        acc += wide
+    safe = tl.where(l_h > 0, l_h, 1.0)
     p_row = p_out + i_row.to(tl.int64) * stride_ot + o_h[:, None] * stride_oh
-    out = (out / safe[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_row + o_d[None, :], out, mask=(o_d < D)[None, :])
+    tl.store(p_row + o_d[None, :], (acc / safe[:, None]).to(p_out.dtype.element_ty), mask=m_d)
     if HAS_LSE:
-        lse = tl.where(total > 0, top + tl.log(safe), float("-inf"))
-        tl.store(p_lse + o_h * stride_eh + i_row, lse)
-
-
-@triton.jit
-def weighted(x, weight):
-    """Output [heads, BD] times its weights; without keys it may hold anything, NaN included."""
-    weight = weight[:, None]
-    return tl.where(weight > 0, x.to(tl.float32) * weight, 0.0)
+        out_lse = tl.where(l_h > 0, m_h + tl.log(safe), float("-inf"))
+        tl.store(p_lse + o_h * stride_eh + i_row, out_lse)
 
 
 # Log-sum-exps may begin at any row of a batch.
@@ -148,31 +105,41 @@ def _merge_parts_kernel(
     p_b, stride_bt, stride_bh, p_b_lse, stride_bl,
     p_c, stride_ct, stride_ch, p_c_lse, stride_cl,
     p_out, stride_ot, stride_oh,
-    BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    o_d = tl.arange(0, BD)[None, :]
-    m = o_d < D
-    lse_a = without_keys(tl.load(p_a_lse + o_h * stride_al + i_row))
-    lse_b = without_keys(tl.load(p_b_lse + o_h * stride_bl + i_row))
-    lse_c = tl.full([BH], float("-inf"), tl.float32)
+    i_head = tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    lse_a = tl.load(p_a_lse + i_head * stride_al + i_row)
+    lse_b = tl.load(p_b_lse + i_head * stride_bl + i_row)
+    lse_c = lse_a
     if PARTS == 3:
-        lse_c = without_keys(tl.load(p_c_lse + o_h * stride_cl + i_row))
+        lse_c = tl.load(p_c_lse + i_head * stride_cl + i_row)
+    else:
+        lse_c = tl.full([], float("-inf"), tl.float32)
+    # FlashAttention gives +inf for a row without keys.
+    lse_a = tl.where(lse_a == float("inf"), float("-inf"), lse_a)
+    lse_b = tl.where(lse_b == float("inf"), float("-inf"), lse_b)
+    lse_c = tl.where(lse_c == float("inf"), float("-inf"), lse_c)
     top = tl.maximum(tl.maximum(lse_a, lse_b), lse_c)
     top = tl.where(top == float("-inf"), 0.0, top)
-    w_a, w_b, w_c = tl.exp(lse_a - top), tl.exp(lse_b - top), tl.exp(lse_c - top)
-    total = w_a + w_b + w_c
-    o_h = o_h[:, None]
-    a = tl.load(p_a + i_row * stride_at + o_h * stride_ah + o_d, mask=m, other=0)
-    b = tl.load(p_b + i_row * stride_bt + o_h * stride_bh + o_d, mask=m, other=0)
-    acc = weighted(a, w_a) + weighted(b, w_b)
+    w_a = tl.exp(lse_a - top)
+    w_b = tl.exp(lse_b - top)
+    w_c = tl.exp(lse_c - top)
+    a = tl.load(p_a + i_row * stride_at + i_head * stride_ah + o_d, mask=m_d, other=0)
+    b = tl.load(p_b + i_row * stride_bt + i_head * stride_bh + o_d, mask=m_d, other=0)
+    # A part without keys may hold anything, NaN included.
+    acc = tl.where(w_a > 0, a.to(tl.float32) * w_a, 0.0) + tl.where(
+        w_b > 0, b.to(tl.float32) * w_b, 0.0
+    )
     if PARTS == 3:
-        c = tl.load(p_c + i_row * stride_ct + o_h * stride_ch + o_d, mask=m, other=0)
-        acc += weighted(c, w_c)
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
-    p_row = p_out + i_row * stride_ot + o_h * stride_oh
-    tl.store(p_row + o_d, acc.to(p_out.dtype.element_ty), mask=m)
+        c = tl.load(p_c + i_row * stride_ct + i_head * stride_ch + o_d, mask=m_d, other=0)
+        acc += tl.where(w_c > 0, c.to(tl.float32) * w_c, 0.0)
+    total = w_a + w_b + w_c
+    acc = acc / tl.where(total > 0, total, 1.0)
+    p_row = p_out + i_row * stride_ot + i_head * stride_oh
+    tl.store(p_row + o_d, acc.to(p_out.dtype.element_ty), mask=m_d)
 
 
 def merge_parts(
@@ -203,11 +170,10 @@ def merge_parts(
     args: list = []
     for x, lse in [*parts, parts[0]][:3]:
         args += [x, x.stride(0), x.stride(1), lse, lse.stride(0)]
-    together = merged_heads(heads)
     launch(
-        _merge_parts_kernel, (rows, heads // together),
+        _merge_parts_kernel, (rows, heads),
         *args, out, out.stride(0), out.stride(1),
-        BH=together, D=d, BD=next_power_of_2(d), PARTS=len(parts), num_warps=1,
+        D=d, BD=next_power_of_2(d), PARTS=len(parts), num_warps=1,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ among several, whose results a second kernel merges.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
 from .launch import launch
-from .merge import add_parts, components, merged_heads, text_part
+from .merge import combine_planes
 from .metadata import StepTables
 from .tables import (
     DeviceFormat,
@@ -79,13 +80,21 @@ def _merge_kernel(
         i_part = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
     o_p = tl.arange(0, BP)
-    top, total, out = text_part(
-        p_text + row * stride_xt, stride_xh, p_text_lse + row, stride_xl, o_h, o_d, D, HAS_TEXT
-    )
-    wide = out
-    if PLANES > 0:
-        wide = tl.zeros([BH, BP], tl.float32)
+    m_h = tl.full([BH], float("-inf"), tl.float32)
+    l_h = tl.zeros([BH], tl.float32)
+    out = tl.zeros([BH, BD], tl.float32)
+    wide = tl.zeros([BH, BP], tl.float32)
+    if HAS_TEXT:
+        text_lse = tl.load(p_text_lse + o_h * stride_xl + row)
+        p_text += row * stride_xt
+        text = tl.load(p_text + o_h[:, None] * stride_xh + o_d[None, :], mask=m_d, other=0)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
+        m_h = tl.where(has_keys, text_lse, float("-inf"))
+        l_h = tl.where(has_keys, 1.0, 0.0)
+        out = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
     for start in range(0, splits, BS):
         o_s = start + tl.arange(0, BS)
         m_s = (o_s < splits)[:, None]
@@ -93,20 +102,27 @@ def _merge_kernel(
         lse = tl.load(p_part_lse + at, mask=m_s, other=float("-inf"))
         at = o_s[:, None] * stride_os + ((i_part * NUM_HEADS + o_h) * (PLANES + D))[None, :]
         m = m_s[:, :, None] & (o_p < PLANES + D)[None, None, :]
-        x = tl.load(p_part + at[:, :, None] + o_p[None, None, :], mask=m, other=0)
-        top, total, wide, old = add_parts(top, total, wide, lse, x)
-        if PLANES > 0:
-            out *= old[:, None]
+        x = tl.load(p_part + at[:, :, None] + o_p[None, None, :], mask=m, other=0).to(tl.float32)
+        m_new = tl.maximum(m_h, tl.max(lse, 0))
+        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+        old = tl.exp(m_h - m_safe)
+        new = tl.exp(lse - m_safe[None, :])
+        out *= old[:, None]
+        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
+        l_h = l_h * old + tl.sum(new, 0)
+        m_h = m_new
     if PLANES > 0:
-        out += components(wide, p_plane, o_d, D, PLANES, BITS)
+        tl.static_assert(BH == 1)
+        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
+        out += parts[None, :]
     else:
-        out = wide
-    safe = tl.where(total > 0, total, 1.0)
+        out += wide
+    some = tl.where(l_h > 0, l_h, 1.0)
+    out /= some[:, None]
     p_row = p_out + row * stride_ot + o_h[:, None] * stride_oh
-    out = (out / safe[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_row + o_d[None, :], out, mask=(o_d < D)[None, :])
-    lse = tl.where(total > 0, top + tl.log(safe), float("-inf"))
-    tl.store(p_lse + o_h * stride_lh + row, lse)
+    tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
+    out_lse = tl.where(l_h > 0, m_h + tl.log(some), float("-inf"))
+    tl.store(p_lse + o_h * stride_lh + row, out_lse)
 
 
 def _choose_kernel(kernel: str, fmt: DeviceFormat, device: torch.device, rows: int) -> str:
@@ -267,7 +283,7 @@ def prefill_attention(
             num_warps=4, num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if merges:
-        heads = merged_heads(num_heads)
+        heads = gcd(num_heads, 4)
         launch(
             _merge_kernel, (num_requests * max_query_len, num_heads // heads),
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,

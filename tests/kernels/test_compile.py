@@ -166,7 +166,7 @@ def test_merge():
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
     compile_kernel(basis._turn_query_kernel, turned, 80, num_warps=2)
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
-    parts = {"BH": 4, "D": 80, "BD": 128, "PARTS": 3}
+    parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
 
 

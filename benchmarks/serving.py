@@ -1,11 +1,11 @@
 """What a user of stock vLLM gains, and where not: ``python -m benchmarks.serving``.
 
 Each (model, KV cache dtype) gets an engine of its own, which serves all scenarios of
-:mod:`benchmarks.serving_scenarios`; ``http`` starts a ``vllm serve`` instead and drives it with
-``vllm bench serve``.  With ``--devices 0,1`` each of these GPUs takes the next engine of the list
-when it is free.  A record is rewritten after every cell, so that a run that is cut off keeps what
-it had; ``python -m benchmarks.report`` makes the tables and plots of the README from records,
-``--summary`` prints the newest record's ratios.
+:mod:`benchmarks.serving_scenarios`; ``http`` starts ``vllm serve`` instead, for a dtype and beside
+it for the first one, and drives both in turns with ``vllm bench serve``.  With ``--devices 0,1``
+each of these GPUs takes the next of the list when it is free.  A record is rewritten after every
+cell, so that a run that is cut off keeps what it had; ``python -m benchmarks.report`` makes the
+tables and plots of the README from records, ``--summary`` prints the newest record's ratios.
 
 ``--dry-run`` runs every scenario, ``http`` included, on the CPU with a model of two layers.
 """

@@ -123,43 +123,41 @@ NO_HARM = {
 
 
 class Goal(NamedTuple):
-    """Bounds that a ratio must keep, themselves included."""
+    """A bound that a ratio must keep, itself included."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    sign: str
+    """``<=`` or ``>=``."""
+    bound: float
 
     def met(self, ratio: float) -> bool:
-        """Whether a ratio keeps them."""
-        return self.low <= ratio <= self.high
+        """Whether a ratio keeps it."""
+        return ratio <= self.bound if self.sign == "<=" else ratio >= self.bound
 
     def spell(self, ratio: float) -> str:
-        """A ratio with two decimals, three near a bound, more where it would seem to be on it."""
-        bounds = [b for b in self if math.isfinite(b)]
-        few = 3 if any(math.isclose(ratio, b, rel_tol=0.05) for b in bounds) else 2
+        """A ratio with two decimals, three near the bound, more where it would seem to be on it."""
+        few = 3 if math.isclose(ratio, self.bound, rel_tol=0.05) else 2
         for decimals in range(few, 12):
             text = f"{ratio:.{decimals}f}"
-            if self.met(float(text)) == self.met(ratio) and float(text) not in bounds:
+            if self.met(float(text)) == self.met(ratio) and float(text) != self.bound:
                 break
-        return text if ratio not in bounds else f"{ratio:.{few}f}"
+        return text if ratio != self.bound else f"{ratio:.{few}f}"
 
     def verdict(self, ratio: float) -> str:
         """What was wanted, and whether it was reached."""
         return f"goal {self}: {'met' if self.met(ratio) else 'missed'}"
 
     def __str__(self) -> str:
-        if self.low == -math.inf:
-            return f"<= {self.high:g}"
-        return f">= {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        return f"{self.sign} {self.bound:g}"
 
 
-def at_least(low: float) -> Goal:
-    """For what must grow."""
-    return Goal(low=low)
+def at_least(bound: float) -> Goal:
+    """For what must grow, or hardly shrink."""
+    return Goal(">=", bound)
 
 
-def at_most(high: float) -> Goal:
+def at_most(bound: float) -> Goal:
     """For what must shrink, or hardly grow."""
-    return Goal(high=high)
+    return Goal("<=", bound)
 
 
 class Row(NamedTuple):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .launch import launch
-from .merge import _merge_splits_kernel
+from .merge import _merge_splits_kernel, merged_heads
 from .metadata import StepTables
 from .tables import (
     DeviceFormat,
@@ -202,8 +201,7 @@ def _merge_tile(
         return 1, 32, 8 if planes else 2
     if planes:
         return 1, 16, 4
-    # Many have few, and what counts is what programs do once.
-    return gcd(num_heads, 4), 8, 1
+    return merged_heads(num_heads), 8, 1
 
 
 def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:

@@ -9,6 +9,8 @@ those of components here, ``PLANES`` of them before one for the offset of each c
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,63 @@ def combine_planes(
     return out
 
 
+def merged_heads(num_heads: int) -> int:
+    """Heads of a program, where many merge few parts each: what a program does once counts."""
+    return gcd(num_heads, 4)
+
+
+@triton.jit
+def begin_merge(p_lse, p_text, m_d, HAS_TEXT: tl.constexpr, BP: tl.constexpr):
+    """What a merge begins with: the text part at p_text [heads, BD] and p_lse [heads], or nothing.
+
+    Returns the largest log-sum-exp and the sum of weights, [heads], the weighted sum of outputs,
+    [heads, BD], and that of the numbers of parts, [heads, BP].
+    """
+    BH: tl.constexpr = p_text.shape[0]
+    m_h = tl.full([BH], float("-inf"), tl.float32)
+    l_h = tl.zeros([BH], tl.float32)
+    out = tl.zeros([BH, p_text.shape[1]], tl.float32)
+    wide = tl.zeros([BH, BP], tl.float32)
+    if HAS_TEXT:
+        lse = tl.load(p_lse)
+        text = tl.load(p_text, mask=m_d, other=0)
+        # FlashAttention gives +inf for a row without keys, whose output may be anything.
+        has_keys = (lse > float("-inf")) & (lse < float("inf"))
+        m_h = tl.where(has_keys, lse, float("-inf"))
+        l_h = tl.where(has_keys, 1.0, 0.0)
+        out = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
+    return m_h, l_h, out, wide
+
+
+@triton.jit
+def add_parts(m_h, l_h, out, wide, lse, x):
+    """Add parts with log-sum-exps [parts, heads] and numbers [parts, heads, BP]."""
+    m_new = tl.maximum(m_h, tl.max(lse, 0))
+    m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+    old = tl.exp(m_h - m_safe)
+    new = tl.exp(lse - m_safe[None, :])
+    out *= old[:, None]
+    wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
+    l_h = l_h * old + tl.sum(new, 0)
+    return m_new, l_h, out, wide
+
+
+@triton.jit
+def end_merge(
+    m_h, l_h, out, wide, p_plane, o_d,
+    D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Output [heads, BD] and its log-sum-exp [heads], -inf without keys."""
+    if PLANES > 0:
+        tl.static_assert(wide.shape[0] == 1)
+        BP: tl.constexpr = wide.shape[1]
+        out += combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)[None, :]
+    else:
+        out += wide
+    safe = tl.where(l_h > 0, l_h, 1.0)
+    return out / safe[:, None], tl.where(l_h > 0, m_h + tl.log(safe), float("-inf"))
+
+
 # One compilation for all steps: strides of log-sum-exps are numbers of tokens.
 @triton.jit(do_not_specialize=["stride_lh", "stride_eh"])
 def _merge_splits_kernel(
@@ -50,20 +109,13 @@ def _merge_splits_kernel(
     # All that does not hang on something else is loaded at once: this launch is mostly waiting.
     begin = tl.load(p_item_start + first_req + i_row)
     end = tl.load(p_item_start + first_req + i_row + 1)
-    m_h = tl.full([BH], float("-inf"), tl.float32)
-    l_h = tl.full([BH], 0.0, tl.float32)
-    acc = tl.zeros([BH, BD], tl.float32)
     o_p = tl.arange(0, BP)
-    wide = tl.zeros([BH, BP], tl.float32)
-    if HAS_TEXT:
-        text_lse = tl.load(p_text_lse + o_h * stride_lh + i_row)
-        p_text += i_row.to(tl.int64) * stride_tt
-        text = tl.load(p_text + o_h[:, None] * stride_th + o_d[None, :], mask=m_d, other=0)
-        # FlashAttention gives +inf for a row without keys, whose output may be anything.
-        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
-        m_h = tl.where(has_keys, text_lse, float("-inf"))
-        l_h = tl.where(has_keys, 1.0, 0.0)
-        acc = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
+    p_text += i_row.to(tl.int64) * stride_tt
+    m_h, l_h, out, wide = begin_merge(
+        p_text_lse + o_h * stride_lh + i_row,
+        p_text + o_h[:, None] * stride_th + o_d[None, :],
+        m_d, HAS_TEXT, BP,
+    )  # fmt: skip
     if PDL:
         gdc_wait()  # only now are the partial results of the launch before this one complete
     for start in range(begin, end, BI):
@@ -73,26 +125,12 @@ def _merge_splits_kernel(
         lse = tl.load(p_part_lse + at, mask=m_item, other=float("-inf"))
         m = m_item[:, :, None] & (o_p < PLANES + D)[None, None, :]
         x = tl.load(p_part + at[:, :, None] * (PLANES + D) + o_p[None, None, :], mask=m, other=0)
-        m_new = tl.maximum(m_h, tl.max(lse, 0))
-        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
-        old = tl.exp(m_h - m_safe)
-        new = tl.exp(lse - m_safe[None, :])
-        acc *= old[:, None]
-        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
-        l_h = l_h * old + tl.sum(new, 0)
-        m_h = m_new
-    if PLANES > 0:
-        tl.static_assert(BH == 1)
-        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
-        acc += parts[None, :]
-    else:
-        acc += wide
-    safe = tl.where(l_h > 0, l_h, 1.0)
+        m_h, l_h, out, wide = add_parts(m_h, l_h, out, wide, lse, x)
+    out, lse = end_merge(m_h, l_h, out, wide, p_plane, o_d, D, PLANES, BITS)
     p_row = p_out + i_row.to(tl.int64) * stride_ot + o_h[:, None] * stride_oh
-    tl.store(p_row + o_d[None, :], (acc / safe[:, None]).to(p_out.dtype.element_ty), mask=m_d)
+    tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
     if HAS_LSE:
-        out_lse = tl.where(l_h > 0, m_h + tl.log(safe), float("-inf"))
-        tl.store(p_lse + o_h * stride_eh + i_row, out_lse)
+        tl.store(p_lse + o_h * stride_eh + i_row, lse)
 
 
 # Log-sum-exps may begin at any row of a batch.

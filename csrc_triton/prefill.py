@@ -7,7 +7,6 @@ among several, whose results a second kernel merges.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import gcd
 
 import torch
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
 from .launch import launch
-from .merge import combine_planes
+from .merge import add_parts, begin_merge, end_merge, merged_heads
 from .metadata import StepTables
 from .tables import (
     DeviceFormat,
@@ -82,19 +81,12 @@ def _merge_kernel(
     o_d = tl.arange(0, BD)
     m_d = (o_d < D)[None, :]
     o_p = tl.arange(0, BP)
-    m_h = tl.full([BH], float("-inf"), tl.float32)
-    l_h = tl.zeros([BH], tl.float32)
-    out = tl.zeros([BH, BD], tl.float32)
-    wide = tl.zeros([BH, BP], tl.float32)
-    if HAS_TEXT:
-        text_lse = tl.load(p_text_lse + o_h * stride_xl + row)
-        p_text += row * stride_xt
-        text = tl.load(p_text + o_h[:, None] * stride_xh + o_d[None, :], mask=m_d, other=0)
-        # FlashAttention gives +inf for a row without keys, whose output may be anything.
-        has_keys = (text_lse > float("-inf")) & (text_lse < float("inf"))
-        m_h = tl.where(has_keys, text_lse, float("-inf"))
-        l_h = tl.where(has_keys, 1.0, 0.0)
-        out = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
+    p_text += row * stride_xt
+    m_h, l_h, out, wide = begin_merge(
+        p_text_lse + o_h * stride_xl + row,
+        p_text + o_h[:, None] * stride_xh + o_d[None, :],
+        m_d, HAS_TEXT, BP,
+    )  # fmt: skip
     for start in range(0, splits, BS):
         o_s = start + tl.arange(0, BS)
         m_s = (o_s < splits)[:, None]
@@ -103,26 +95,11 @@ def _merge_kernel(
         at = o_s[:, None] * stride_os + ((i_part * NUM_HEADS + o_h) * (PLANES + D))[None, :]
         m = m_s[:, :, None] & (o_p < PLANES + D)[None, None, :]
         x = tl.load(p_part + at[:, :, None] + o_p[None, None, :], mask=m, other=0).to(tl.float32)
-        m_new = tl.maximum(m_h, tl.max(lse, 0))
-        m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
-        old = tl.exp(m_h - m_safe)
-        new = tl.exp(lse - m_safe[None, :])
-        out *= old[:, None]
-        wide = wide * old[:, None] + tl.sum(x * new[:, :, None], 0)
-        l_h = l_h * old + tl.sum(new, 0)
-        m_h = m_new
-    if PLANES > 0:
-        tl.static_assert(BH == 1)
-        parts = combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)
-        out += parts[None, :]
-    else:
-        out += wide
-    some = tl.where(l_h > 0, l_h, 1.0)
-    out /= some[:, None]
+        m_h, l_h, out, wide = add_parts(m_h, l_h, out, wide, lse, x)
+    out, lse = end_merge(m_h, l_h, out, wide, p_plane, o_d, D, PLANES, BITS)
     p_row = p_out + row * stride_ot + o_h[:, None] * stride_oh
     tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
-    out_lse = tl.where(l_h > 0, m_h + tl.log(some), float("-inf"))
-    tl.store(p_lse + o_h * stride_lh + row, out_lse)
+    tl.store(p_lse + o_h * stride_lh + row, lse)
 
 
 def _choose_kernel(kernel: str, fmt: DeviceFormat, device: torch.device, rows: int) -> str:
@@ -283,7 +260,7 @@ def prefill_attention(
             num_warps=4, num_stages=pipeline_stages(fmt),
         )  # fmt: skip
     if merges:
-        heads = gcd(num_heads, 4)
+        heads = merged_heads(num_heads)
         launch(
             _merge_kernel, (num_requests * max_query_len, num_heads // heads),
             part, part_lse, stride_os, stride_ls, query_start_loc, first_request, 0,

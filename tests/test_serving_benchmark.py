@@ -96,9 +96,7 @@ def test_a_server_answers_all_that_is_asked_over_http(record: Path):
         assert (cell["requests"], cell["failed"]) == (requests, 0)
         (once,) = cell["repeats"]
         assert len(once["first_token_ms"]) == requests
-        assert len(once["inter_token_ms"]) <= 256
-    # On a busy host all tokens of a short answer may come at once.
-    assert any(once["inter_token_ms"] for what in asked for once in cells[what]["repeats"])
+        assert 0 < len(once["inter_token_ms"]) <= 256
     assert cells["questions on images"]["hit_rate"] > 0.3
     assert cells["compiled while serving"]["kernels"] == "none"
 

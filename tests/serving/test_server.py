@@ -293,7 +293,7 @@ def test_more_requests_than_fit(server: Server, questions) -> None:
                     else message("How many red circles? " * (i % 20 + 1)),
                     temperature=0,
                     # One in five of the images talks on past its answer, until pages run out.
-                    max_tokens=60 if kind == 0 else 16,
+                    max_tokens=160 if kind == 0 else 16,
                     stream=True,
                     extra_body={"ignore_eos": kind == 0},
                 )

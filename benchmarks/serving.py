@@ -234,15 +234,14 @@ class HttpServers:
         job = self.job
         load = serving_http.DRY_LOAD if job["dry_run"] else serving_http.Load()
         load = load._replace(repeats=job["plan"].get("http_repeats", load.repeats))
-        begin = time.monotonic()
+        load = load._replace(starts=job["plan"].get("http_starts", load.starts))
         try:
             for cell in serving_http.measure(
-                self.servers, self.client, self.directory, job["model"], load
+                self.servers, self.client, self.directory, job["model"], load, job["limit_s"]
             ):
                 yield {"scenario": "http", **cell}
-                if time.monotonic() - begin > job["limit_s"]:
-                    yield {"event": "cut off by --engine-limit"}
-                    return
+        except TimeoutError as error:
+            yield {"event": str(error)}
         except (RuntimeError, OSError) as error:
             yield {"scenario": "http", "error": str(error)}
 

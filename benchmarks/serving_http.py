@@ -5,7 +5,9 @@ HTTP server, chat template, tokenizer, image processor.  Engine settings are vLL
 torch.compile and all CUDA graphs included.
 
 What goals look at is short, and a shared host noisy: so the servers of two KV cache dtypes are up
-at once and asked the same in turns, several times, and figures are medians.
+at once and asked the same in turns, several times.  Nor is one start of a server like another: how
+long its API server takes to prepare an image differs by a tenth between them.  So all is done with
+several starts, and figures are medians over all of it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +29,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +55,10 @@ class Load(NamedTuple):
     question_letters: int = 48
     answer: int = 32
     concurrency: int = 8
-    repeats: int = 3
-    """Of the loads in :data:`REPEATED`."""
+    starts: int = 2
+    """Of the servers."""
+    repeats: int = 2
+    """Of the loads in :data:`REPEATED`, with each start."""
     start_limit_s: float = 200
     bench_limit_s: float = 60
 
@@ -67,6 +73,7 @@ DRY_LOAD = Load(
     questions=3,
     answer=4,
     concurrency=2,
+    starts=1,
     repeats=1,
     start_limit_s=400,
     bench_limit_s=120,
@@ -77,8 +84,17 @@ On a busy host all tokens of a short answer come at once.
 """
 
 REPEATED = ("text, fixed lengths", "text, chat lengths", "lone image request")
+COUNTED = (
+    "prefix_cache_hits_total",
+    "prefix_cache_queries_total",
+    "request_queue_time_seconds_sum",
+    "request_prefill_time_seconds_sum",
+)
+"""What :meth:`Server.counts` reads of a server's metrics."""
 ADDED = ("requests", "failed", "cell_s")
 """Numbers of a cell that are sums over its repeats; the others are medians."""
+WHICH = ("start", "seed")
+"""Numbers of a repeat that say which one it is."""
 
 
 class Server:
@@ -91,6 +107,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log, self.env = log, env
+        log.unlink(missing_ok=True)
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
         self.command += ["--load-format", "dummy", "--port", str(self.port)]
         self.command += ["--kv-cache-dtype", dtype, *arguments]
@@ -109,7 +126,7 @@ class Server:
         RuntimeError
             If it ends before, or does not answer in time.
         """
-        with self.log.open("wb") as out:
+        with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,
                 stdout=out,
@@ -126,14 +143,13 @@ class Server:
                 raise RuntimeError("the server did not start")
             time.sleep(0.3)
 
-    def prefix_hits(self) -> tuple[float, float]:
-        """Prompt tokens found in the prefix cache, and looked for, since the start."""
+    def counts(self) -> dict[str, float]:
+        """What the server has counted since its start, by the names in :data:`COUNTED`."""
         text = self.get("/metrics")
-        hits, queries = (
-            sum(map(float, re.findall(rf"^vllm:prefix_cache_{name}_total\S* (\S+)$", text, re.M)))
-            for name in ("hits", "queries")
-        )
-        return hits, queries
+        return {
+            name: sum(map(float, re.findall(rf"^vllm:{name}\S* (\S+)$", text, re.M)))
+            for name in COUNTED
+        }
 
     def compiled_late(self) -> str:
         """Kernels that vLLM's log says were compiled while a request waited."""
@@ -299,19 +315,23 @@ def _run(
     another order.  So there is a salt as well.
     """
     begin = time.perf_counter()
-    hits, queries = server.prefix_hits()
+    before = server.counts()
     salt = json.dumps({"cache_salt": f"repeat {seed}"})
     result = client.run([*options, "--seed", str(seed), "--extra-body", salt], path, limit_s)
-    new_hits, new_queries = server.prefix_hits()
+    new = {name: value - before[name] for name, value in server.counts().items()}
+    in_engine = new["request_queue_time_seconds_sum"] + new["request_prefill_time_seconds_sum"]
     return {
         "seed": seed,
         "requests": result["completed"],
         "failed": result["failed"],
         "output_tokens_per_s": round(result["output_throughput"], 1),
         "requests_per_s": round(result["request_throughput"], 3),
-        "hit_rate": round((new_hits - hits) / max(new_queries - queries, 1), 4),
+        "hit_rate": round(
+            new["prefix_cache_hits_total"] / max(new["prefix_cache_queries_total"], 1), 4
+        ),
         "first_token_ms_median": round(result["median_ttft_ms"], 2),
         "first_token_ms_p99": round(result["p99_ttft_ms"], 2),
+        "engine_first_token_ms_mean": round(1e3 * in_engine / max(result["completed"], 1), 2),
         "inter_token_ms_median": round(result["median_itl_ms"], 3),
         "inter_token_ms_p99": round(result["p99_itl_ms"], 3),
         "first_token_ms": [round(1e3 * t, 2) for t in result["ttfts"]],
@@ -325,51 +345,85 @@ def _run(
 def combined(what: str, repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """The cell of a load: medians over its repeats, and the repeats with their raw samples."""
     cell: dict[str, Any] = {"what": what}
-    for name in (n for n, v in repeats[0].items() if n != "seed" and not isinstance(v, list)):
+    numbers = (n for n, v in repeats[0].items() if n not in WHICH and not isinstance(v, list))
+    for name in numbers:
         values = [repeat[name] for repeat in repeats]
         value = sum(values) if name in ADDED else statistics.median(values)
         cell[name] = round(value, 4)
     return {**cell, "repeats": repeats}
 
 
+def cells(found: Mapping[tuple[str, str], list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The cell of each load and KV cache dtype."""
+    for (what, dtype), repeats in found.items():
+        yield {"dtype": dtype, **combined(what, repeats)}
+
+
 def measure(
-    servers: Mapping[str, Server], client: Client, directory: Path, model: str, load: Load
+    servers: Mapping[str, Server],
+    client: Client,
+    directory: Path,
+    model: str,
+    load: Load,
+    limit_s: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Cells of servers of some KV cache dtypes, one started after the other.
+    """Cells of servers of some KV cache dtypes.
+
+    Raises
+    ------
+    TimeoutError
+        If it takes longer than ``limit_s``; cells of what ran before come first.
+    RuntimeError
+        If a server does not start or a run fails; likewise.
+    """
+    prepared = dict(loads(directory, model, load))
+    # In turns: what disturbs the host for a while does not hit one load or server alone.
+    turns = [(what, repeat) for repeat in range(load.repeats) for what in REPEATED]
+    turns += [(what, 0) for what in prepared if what not in REPEATED]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    end = time.monotonic() + limit_s
+    try:
+        for start in range(load.starts):
+            for dtype, seconds in start_all(servers, load.start_limit_s).items():
+                found.setdefault(("start", dtype), []).append({"seconds": seconds})
+            for number, (what, repeat) in enumerate(turns):
+                seed = start * load.repeats + repeat
+                for dtype in [*servers][:: 1 if seed % 2 == 0 else -1]:
+                    if time.monotonic() > end:
+                        raise TimeoutError("cut off by --engine-limit")
+                    server = servers[dtype]
+                    options = ["--port", str(server.port), "--model", str(directory)]
+                    options += prepared[what]
+                    path = directory / f"bench-{dtype}-{start}-{number}.json"
+                    run = _run(server, client, options, seed, path, load.bench_limit_s)
+                    found.setdefault((what, dtype), []).append({"start": start, **run})
+            for server in servers.values():
+                server.stop()
+    except (RuntimeError, OSError):
+        yield from cells(found)
+        raise
+    yield from cells(found)
+    for dtype, server in servers.items():
+        late = server.compiled_late()
+        yield {"dtype": dtype, "what": "compiled while serving", "kernels": late}
+
+
+def start_all(servers: Mapping[str, Server], limit_s: float) -> dict[str, float]:
+    """Start servers at once; how many seconds each took.
 
     Raises
     ------
     RuntimeError
-        If a server does not start or a run fails; cells of what ran before come first.
+        If one does not start.
     """
-    prepared = dict(loads(directory, model, load))
-    for dtype, server in servers.items():
+
+    def seconds(server: Server) -> float:
         begin = time.perf_counter()
-        server.start(load.start_limit_s)
-        seconds = round(time.perf_counter() - begin, 1)
-        yield {"dtype": dtype, "what": "start", "seconds": seconds}
-    # In turns: what disturbs the host for a while does not hit one load or server alone.
-    order = [(what, seed) for seed in range(load.repeats) for what in REPEATED]
-    order += [(what, 0) for what in prepared if what not in REPEATED]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    try:
-        for number, (what, seed) in enumerate(order):
-            for dtype in [*servers][:: 1 if seed % 2 == 0 else -1]:
-                server = servers[dtype]
-                options = ["--port", str(server.port), "--model", str(directory), *prepared[what]]
-                path = directory / f"bench-{dtype}-{number}.json"
-                run = _run(server, client, options, seed, path, load.bench_limit_s)
-                found.setdefault((dtype, what), []).append(run)
-            if what not in (later for later, _ in order[number + 1 :]):
-                for dtype in servers:
-                    yield {"dtype": dtype, **combined(what, found.pop((dtype, what)))}
-    except (RuntimeError, OSError):
-        for (dtype, what), repeats in found.items():
-            yield {"dtype": dtype, **combined(what, repeats)}
-        raise
-    for dtype, server in servers.items():
-        late = server.compiled_late()
-        yield {"dtype": dtype, "what": "compiled while serving", "kernels": late}
+        server.start(limit_s)
+        return round(time.perf_counter() - begin, 1)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(servers, pool.map(seconds, servers.values()), strict=True))
 
 
 if __name__ == "__main__":

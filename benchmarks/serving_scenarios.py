@@ -60,8 +60,10 @@ class Plan:
     mix_tokens: int = 3328
     mix_shares: tuple[int, ...] = (0, 25, 50, 75, 90, 100)
     mix_outputs: int = 48
+    http_starts: int = Load().starts
+    """Of servers, in :mod:`benchmarks.serving_http`."""
     http_repeats: int = Load().repeats
-    """Of what :mod:`benchmarks.serving_http` repeats."""
+    """Of what it repeats with each start."""
     cell_limit_s: float = 60
     """A cell that takes longer is cut off, and says so."""
 
@@ -98,6 +100,7 @@ DRY_RUN = Plan(
     mix_tokens=512,
     mix_shares=(0, 50, 100),
     mix_outputs=6,
+    http_starts=DRY_LOAD.starts,
     http_repeats=DRY_LOAD.repeats,
     cell_limit_s=20,
 )

@@ -200,7 +200,7 @@ def _merge_tile(
     if num_requests * 16 <= tables.target_programs:
         return 1, 32, 8 if planes else 2
     if planes:
-        return 1, 16, 4
+        return 1, 8, 2
     return merged_heads(num_heads), 8, 1
 
 

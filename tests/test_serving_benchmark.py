@@ -105,15 +105,23 @@ class FakeServer:
     """Answers at once; half of the prompt tokens of each run hit."""
 
     def __init__(self, port: int = 1) -> None:
-        self.port, self.looked = port, 0
+        self.port, self.looked, self.starts, self.up = port, 0, 0, False
 
     def start(self, seconds: float) -> None:
-        """It has started."""
+        """It has started, once more."""
+        assert not self.up
+        self.starts, self.up = self.starts + 1, True
 
-    def prefix_hits(self) -> tuple[float, float]:
-        """Asked before and after each run."""
+    def stop(self) -> None:
+        """It has ended."""
+        self.up = False
+
+    def counts(self) -> dict[str, float]:
+        """Asked before and after each run, of four requests."""
+        assert self.up
         self.looked += 1
-        return 50 * self.looked, 100 * self.looked
+        growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08), strict=True)
+        return {name: by * self.looked for name, by in growth}
 
     def compiled_late(self) -> str:
         """Nothing."""
@@ -157,6 +165,7 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     assert len({run["file"] for run in client.ran}) == len(rates)
     what = ["start", *serving_http.REPEATED, "questions on images", "compiled while serving"]
     assert [cell["what"] for cell in cells] == what
+    assert cells[1]["engine_first_token_ms_mean"] == 21
     for cell, own in zip(cells[1:5], (rates[0:9:3], rates[1:9:3], rates[2:9:3], [55]), strict=True):
         assert [repeat["output_tokens_per_s"] for repeat in cell["repeats"]] == own
         assert [repeat["first_token_ms"] for repeat in cell["repeats"]] == [[r] for r in own]
@@ -167,8 +176,36 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
         assert cell["hit_rate"] == 0.5
         assert (cell["requests"], cell["failed"]) == (4 * len(own), len(own))
     for plan, asked in ((Plan(), serving_http.Load()), (DRY_RUN, serving_http.DRY_LOAD)):
-        assert plan.http_repeats == asked.repeats
-    assert (Plan().http_repeats, DRY_RUN.http_repeats) == (3, 1)
+        assert (plan.http_starts, plan.http_repeats) == (asked.starts, asked.repeats)
+    assert (Plan().http_starts, DRY_RUN.http_starts) == (2, 1)
+
+
+def test_servers_start_several_times_and_medians_are_over_all_starts(tmp_path: Path):
+    rates = [float(rate) for rate in range(1, 15)]
+    client = FakeClient(rates)
+    server = FakeServer()
+    load = serving_http.DRY_LOAD._replace(starts=2, repeats=2)
+    cells = [*serving_http.measure({"auto": server}, client, tmp_path, serving.DRY_MODEL, load)]
+    assert server.starts == 2 and not server.up
+    found = {cell["what"]: cell for cell in cells}
+    assert len(found["start"]["repeats"]) == 2
+    repeats = found["text, fixed lengths"]["repeats"]
+    assert [r["output_tokens_per_s"] for r in repeats] == [1, 4, 8, 11]
+    assert [(r["start"], r["seed"]) for r in repeats] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert found["text, fixed lengths"]["output_tokens_per_s"] == 6
+    assert [r["seed"] for r in found["questions on images"]["repeats"]] == [0, 2]
+
+
+def test_a_run_over_its_limit_keeps_what_it_had(tmp_path: Path, monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr(serving_http.time, "monotonic", lambda: next(seconds))
+    client, model = FakeClient([300.0, 10.0, 7.0, 100.0]), serving.DRY_MODEL
+    servers, load = {"auto": FakeServer()}, serving_http.DRY_LOAD
+    measured = serving_http.measure(servers, client, tmp_path, model, load, limit_s=2)
+    cells = [next(measured) for _ in range(3)]
+    assert [cell["what"] for cell in cells] == ["start", *serving_http.REPEATED[:2]]
+    with pytest.raises(TimeoutError, match="--engine-limit"):
+        next(measured)
 
 
 def test_two_servers_are_asked_the_same_in_turns(tmp_path: Path):
@@ -213,7 +250,7 @@ def test_a_run_that_fails_does_not_lose_those_before_it(tmp_path: Path):
     cells = [next(measured) for _ in range(4)]
     with pytest.raises(RuntimeError, match="it took longer"):
         next(measured)
-    assert [len(cell.get("repeats", ())) for cell in cells] == [0, 2, 1, 1]
+    assert [len(cell["repeats"]) for cell in cells] == [1, 2, 1, 1]
     assert [cell.get("output_tokens_per_s") for cell in cells] == [None, 200, 10, 7]
 
 
@@ -231,8 +268,8 @@ def test_goals_over_http_take_medians_and_read_older_cells(tmp_path: Path):
     found = ratio(row, "auto", runs)
     assert found is not None and (found.ours, found.baseline) == (101, 100)
     lines = report.dtypes_region(runs, report.HTTP_COLUMNS)
-    assert "| `auto` (bf16) | - | 100 | - | - | - | - | - | - |" in lines
-    assert "| **`calibquant1`** | - | 101 | - | - | - | - | - | - |" in lines
+    assert "| `auto` (bf16) | - | 100 | - | - | - | - | - | - | - |" in lines
+    assert "| **`calibquant1`** | - | 101 | - | - | - | - | - | - | - |" in lines
 
 
 def test_samples_are_thinned_evenly():

@@ -159,7 +159,7 @@ def test_merge():
               "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0, "BP": 128}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
     planes = {"BH": 1, "D": 128, "PLANES": 160, "BITS": 3, "BP": 512}
-    compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=1)
+    compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=2)
     shares = {k: v for k, v in splits.items() if k not in ("HAS_LSE", "BI", "PDL")} | {"BS": 4}
     compile_kernel(prefill._merge_kernel, shares, 80, num_warps=1)
     compile_kernel(prefill._merge_kernel, shares | planes | {"BS": 16}, 80, num_warps=4)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.reference.checkpoints import make_checkpoint, make_image
+from tests.tinyvlm.unpack import model_path
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
 from vllm_calibquant.calibrate.probe import Answer, Probe, Reference, Score, divergence
 from vllm_calibquant.calibrate.prompts import load_prompts
@@ -18,6 +20,7 @@ from vllm_calibquant.calibrate.search import (
     Choice,
     Designer,
     State,
+    leave_layers,
     plain_profile,
     search,
 )
@@ -224,18 +227,84 @@ def test_profiles_of_choices(designer: Designer) -> None:
     assert sum(moved.layers[1].key.bits) == 32
     assert moved.calibration == (0.0, 0.5)
     assert max(moved.layers[0].key.bits) == 3
-    lifted = designer.profile(replace(Choice(), exact=(1,), tau_min=0.25))
+    lifted = designer.profile(replace(Choice(), beyond=(1,), tau_min=0.25))
     assert lifted.layers_16bit == (1,)
     assert lifted.calibration == (0.25, 0.0)
     assert lifted.slots(torch.bfloat16) == 10
 
 
-def test_bytes_with_a_layer_at_16_bits() -> None:
+def test_pages_with_layers_at_16_bits() -> None:
     """A text page holds 16 tokens, a visual one 16 for each sub-slot."""
-    for head_size, bits, layers in ((64, 1.25, 6), (128, 1.0, 28)):
+    for head_size, bits, layers, exact in ((64, 1.25, 6, 1), (128, 1.0, 28, 0), (128, 2, 28, 3)):
         budget = Budget.of(head_size, bits)
-        plain, exact = layers / (16 * budget.slots), (layers - 1) / (16 * budget.slots) + 1 / 16
-        assert budget.times_with_16bit(layers) == pytest.approx(exact / plain)
+        bytes_a_token = (layers - exact) / (16 * budget.slots) + exact / 16
+        assert budget.pages(layers, exact) == pytest.approx(16 * bytes_a_token)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "bits", "layers", "exact", "others"),
+    [
+        (128, 1.0, 28, 0, 1.0),
+        (128, 1.0, 28, 1, None),
+        (128, 1.5, 28, 1, 1.0),  # 27 / 14 + 1 = 2.93 of 28 / 9 = 3.11 pages
+        (128, 1.5, 28, 2, None),
+        (128, 2.0, 28, 2, 1.0),
+        (64, 4.0, 6, 1, 2.5),  # 5 / 5 + 1 of 6 / 3
+        (64, 4.0, 6, 2, None),
+        (64, 4.0, 3, 3, None),
+    ],
+)
+def test_what_is_left_beside_layers_at_16_bits(head_size, bits, layers, exact, others) -> None:
+    budget = Budget.of(head_size, bits)
+    found = budget.beside(layers, exact)
+    assert (found and found.bits) == others
+    if found is None:
+        return
+    assert found.pages(layers, exact) <= budget.pages(layers)
+    more = Budget.of(head_size, found.bits + 32 / (2 * head_size))
+    assert exact == 0 or more.pages(layers, exact) > budget.pages(layers)
+
+
+@pytest.mark.parametrize(
+    ("gains", "left"),
+    [
+        ({4: 0.1, 1: 0.6}, (1,)),
+        ({0: 0.2, 3: 0.29}, ()),  # not worth a second kind of page
+        ({}, ()),
+        ({2: 0.5, 4: 0.45}, (2, 4)),
+    ],
+)
+def test_layers_are_left_at_16_bits_while_that_helps(gains, left) -> None:
+    moments = {i: Moments.zeros(1, 64, torch.device("cpu")) for i in range(8)}
+    for some in moments.values():
+        some.weights += 1
+        for name in ("query", "key", "output", "value"):
+            getattr(some, name).copy_(torch.eye(64, dtype=torch.float64))
+    model = replace(MODEL, num_layers=8, num_kv_heads=1)
+    designer = Designer(model, Budget.of(64, 4.0), moments)
+    first = replace(Choice(), tau_min=0.5, splits=((1, (192, 320)),))
+    budgets: list[Budget] = []
+
+    @contextmanager
+    def engine(budget: Budget, count: int):
+        assert count == 8 - len(budgets)
+
+        def score(choice: Choice) -> Score:
+            profile = designer.profile(choice)
+            assert profile.slots(torch.bfloat16) == budget.slots
+            assert (profile.layers_16bit, choice.splits) == (tuple(sorted(choice.exact)), ())
+            return Score(1 - sum(gains.get(i, 0) for i in choice.exact), 1.0, 1.0)
+
+        budgets.append(budget)
+        yield score
+
+    choice, reached, steps = leave_layers(designer, first, Score(1.0, 1.0, 1.0), engine)
+    assert choice == (replace(first, exact=left, splits=()) if left else first)
+    assert reached.kl == pytest.approx(1 - sum(gains[i] for i in left))
+    # 8 / 3 pages: of them 1 and 2 at 16 bits leave 1.67 for 7 and 0.67 for 6 layers.
+    assert [budget.slots for budget in budgets] == [5, 9][: len(left) + 1]
+    assert [step.split(",")[0] for step, _ in steps] == [f"layer {i} at 16 bits" for i in left]
+    assert leave_layers(designer, first, reached, engine, lambda: False)[0] == first
 
 
 def test_search_keeps_what_helps(designer: Designer) -> None:
@@ -393,6 +462,35 @@ def test_command(checkpoint: Path, data: Path, tmp_path: Path, capsys) -> None:
             assert expected[token].item() == pytest.approx(logprob, abs=1e-3)
     assert (logprobs - exact).abs().max() > 1e-2
     assert (logprobs - lifted).abs().max() > 1e-2
+
+
+def test_command_leaves_a_layer_at_16_bits(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """With the room of 4 bits one of six layers may have 16 and the others 2.5.
+
+    It is hardly worth it, and so what it must gain is put out of the way.
+    """
+    from tests.serving.engine import Engine
+
+    monkeypatch.setattr("vllm_calibquant.calibrate.search.LEAVING_WORTHWHILE", 1e9)
+    out = tmp_path / "profile.safetensors"
+    llm = {"max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
+    command = ["calibrate", str(model_path()), "--data", str(data), "--bits", "4", "--trials", "0"]
+    main([*command, "--max-tokens", "5", "--llm", json.dumps(llm), "--out", str(out)])
+    said = capsys.readouterr().out
+    profile = load_profile(out)
+    (layer,) = profile.layers_16bit
+    assert profile.average_bits == 2.5
+    assert profile.notes["steps"][1] == [
+        f"layer {layer} at 16 bits, others 2.5", profile.notes["score"]["kl"]
+    ]  # fmt: skip
+    assert "2.5 bits a number on average, 80 visual tokens a page (5x)" in said
+    assert f"and 16 bits in layer {layer}: together 3x" in said
+    image = {"type": "image_pil", "image_pil": load_prompts(str(data), 1, 1)[0].images[0]}
+    with Engine(model_path(), "calibquant1", {"profile": str(out)}) as engine:
+        cache = engine.llm.llm_engine.vllm_config.cache_config
+        (answer,) = engine.llm.chat([{"role": "user", "content": [image]}], use_tqdm=False)
+    assert cache.kv_cache_dtype_skip_layers == [str(layer)]
+    assert answer.outputs[0].token_ids
 
 
 def test_an_interrupted_command_goes_on(

@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--trials",
         type=int,
         default=48,
-        help="profiles to try at most, besides what each layer would gain at 16 bits",
+        help="profiles to try at most, besides those with layers at 16 bits",
     )
     add("--seconds", type=float, help="try no further profile when the command has run so long")
     add(

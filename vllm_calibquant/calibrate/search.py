@@ -4,7 +4,8 @@ Everything but a handful of numbers follows from the moments in closed form.  Th
 :class:`Choice`, and coordinate descent finds them: each step tries the neighbours of one, and keeps
 one that lowers the divergence of next-token distributions.  Moments fit the prompts that they
 come from very well, so divergence is judged on prompts held out from them; in the end the choice is
-made anew with the moments of all.
+made anew with the moments of all.  Where the byte budget has room for layers at 16 bits, beside
+fewer bits for the others, that is tried too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ WORTHWHILE = 0.99
 """A step is kept if it lowers the divergence at least to this share: less is noise."""
 CALIBRATION_WORTHWHILE = 0.9
 """The same where a step turns on the calibration of scores, for which kernels take a pass more."""
+LEAVING_WORTHWHILE = 0.7
+"""The same where a layer is left at 16 bits: layers of two kinds need block tables of their own."""
 
 SHOWN = 3
 """Layers of which the summary says what leaving one of them at 16 bits would gain."""
@@ -65,7 +70,9 @@ class Choice:
     splits: tuple[tuple[int, Split], ...] = ()
     """Layers whose planes are not split as the moments predict."""
     exact: tuple[int, ...] = ()
-    """Layers left at 16 bits: beyond the byte budget, and so no step of the search."""
+    """Layers left at 16 bits, for which the others make room."""
+    beyond: tuple[int, ...] = ()
+    """The same beyond the byte budget: no step of the search, but what its summary speaks of."""
 
     @property
     def key(self) -> str:
@@ -133,9 +140,24 @@ class Budget:
         """Average bits that there really are."""
         return self.planes / (2 * self.head_size)
 
-    def times_with_16bit(self, layers: int) -> float:
-        """Bytes of a visual token with one of so many layers at 16 bits, over those with none."""
-        return (self.slots + layers - 1) / layers
+    def pages(self, layers: int, exact: int = 0) -> float:
+        """Pages of one layer that 16 visual tokens take, with some of so many layers at 16 bits."""
+        return (layers - exact) / self.slots + exact
+
+    def beside(self, layers: int, exact: int) -> Budget | None:
+        """The most planes that take no more bytes with some layers at 16 bits, if any are left."""
+        return _beside(self, layers, exact)
+
+
+@lru_cache
+def _beside(budget: Budget, layers: int, exact: int) -> Budget | None:
+    if not 0 <= exact < layers:
+        return None
+    for planes in range(budget.planes, PLANE_MULTIPLE, -PLANE_MULTIPLE):
+        other = Budget.of(budget.head_size, planes / (2 * budget.head_size))
+        if other.pages(layers, exact) <= budget.pages(layers):
+            return other
+    return None
 
 
 def _even(head_size: int, planes: int) -> tuple[int, ...]:
@@ -171,12 +193,18 @@ class Designer:
         self.model, self.budget, self.moments = model, budget, moments
         self._bases: dict[tuple[int, str, float], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def budget_of(self, choice: Choice) -> Budget:
+        """Planes of the layers that are in codes."""
+        budget = self.budget.beside(len(self.moments), len(choice.exact))
+        assert budget is not None
+        return budget
+
     def profile(self, choice: Choice, notes: Mapping[str, Any] | None = None) -> Profile:
         """The profile of a choice."""
         moved = dict(choice.splits)
         layers = {}
         for i in self.moments:
-            if i in choice.exact:
+            if i in (*choice.exact, *choice.beyond):
                 continue
             split = moved.get(i) or self.ranking(i, choice)[0]
             parts = (
@@ -194,10 +222,8 @@ class Designer:
                 for n, p in zip(("key", "value"), split, strict=True)
             )
 
-        possible = [
-            s for s in self.budget.splits if max(s) <= choice.max_bits * self.model.head_size
-        ]
-        return sorted(possible, key=damage)
+        splits, most = self.budget_of(choice).splits, choice.max_bits * self.model.head_size
+        return sorted((s for s in splits if max(s) <= most), key=damage)
 
     def _basis(self, layer: int, name: str, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
         key = (layer, name, choice.damping)
@@ -351,6 +377,51 @@ def search(
     return best, reached, steps
 
 
+def leave_layers(
+    designer: Designer,
+    choice: Choice,
+    reached: Score,
+    engine: Callable[[Budget, int], AbstractContextManager[Callable[[Choice], Score]]],
+    in_time: Callable[[], bool] = lambda: True,
+) -> tuple[Choice, Score, list[tuple[str, float]]]:
+    """Leave layers at 16 bits, one after the other, as long as that fits the budget and helps.
+
+    Parameters
+    ----------
+    designer, choice, reached
+        Where the search has come to.
+    engine
+        From the budget of the other layers, which says how many tokens a page has, and how many
+        choices there are, to a context with the divergence of each.
+    in_time
+        Asked before each engine and each choice.
+
+    Returns
+    -------
+    choice, score, steps
+        As of :func:`search`; there may be no steps.
+    """
+    steps: list[tuple[str, float]] = []
+    while in_time():
+        budget = designer.budget.beside(len(designer.moments), len(choice.exact) + 1)
+        if budget is None:
+            break
+        left = [i for i in designer.moments if i not in choice.exact]
+        # Splits were of another number of planes.
+        options = [replace(choice, exact=(*choice.exact, i), splits=()) for i in left]
+        options = [o for o in options if all(designer.ranking(i, o) for i in left)]
+        with engine(budget, len(options)) as score:
+            scores = [(score(option), option) for option in options if in_time()]
+        if not scores:
+            break
+        found, option = min(scores, key=lambda scored: scored[0].kl)
+        if found.kl >= LEAVING_WORTHWHILE * reached.kl:
+            break
+        steps.append((f"layer {option.exact[-1]} at 16 bits, others {budget.bits:g}", found.kl))
+        choice, reached = option, found
+    return choice, reached, steps
+
+
 def _difference(one: Choice, other: Choice) -> str:
     name = next(n for n in asdict(one) if getattr(one, n) != getattr(other, n))
     value = getattr(other, name)
@@ -397,10 +468,18 @@ def calibrate(task: Task) -> str:
     same = {"out": task.out.name, "against": str(task.against), "model": asdict(model)}
     state = State(task.out, _json(asdict(task) | same))
     older = None if task.against is None else _older(task.against, model, budget)
+
+    def in_time() -> bool:
+        return task.seconds is None or time.perf_counter() < begin + task.seconds
+
     with tempfile.TemporaryDirectory() as directory:
-        start = Path(directory, "start.safetensors")
-        plain_profile(model, budget).save(start)
-        with Probe(task.model, start, task.max_tokens, settings) as probe:
+
+        def start(budget: Budget) -> Probe:
+            path = Path(directory, f"{budget.slots}.safetensors")
+            plain_profile(model, budget).save(path)
+            return Probe(task.model, path, task.max_tokens, settings)
+
+        with start(budget) as probe:
             _answer(probe, prompts, state)
             asked = list(zip(prompts, state.answers, strict=True))
             step = max(4, len(asked) // max(task.held_out, 1))  # most prompts are for moments
@@ -409,9 +488,8 @@ def calibrate(task: Task) -> str:
                 references, held_moments = _references(probe, held, bar)
                 _, moments = _references(probe, rest, bar)
             designer = Designer(model, budget, moments)
-            total = min(task.trials, _most_trials(designer)) + 1 + len(designer.moments)
-            with tqdm(total=total, desc="search", unit="profile") as bar:
 
+            def scores(probe: Probe, bar: tqdm) -> Callable[[Choice], Score]:
                 def score(choice: Choice) -> Score:
                     if choice.key not in state.scores:
                         found = probe.score(designer.profile(choice), held, references)
@@ -420,19 +498,29 @@ def calibrate(task: Task) -> str:
                     bar.set_postfix_str(f"KL {state.scores[choice.key].kl:.3g}")
                     return state.scores[choice.key]
 
-                def in_time() -> bool:
-                    return task.seconds is None or time.perf_counter() < begin + task.seconds
+                return score
 
+            total = min(task.trials, _most_trials(designer)) + 1 + len(designer.moments)
+            with tqdm(total=total, desc="search", unit="profile") as bar:
+                score = scores(probe, bar)
                 choice, reached, steps = search(designer, score, task.trials, in_time)
                 before = None if older is None else probe.score(older, held, references)
                 worse = before is not None and before.kl < reached.kl
                 # The moments cannot say which: damage in one layer weighs more than in another.
-                exact = [
-                    {"layer": layer, **asdict(score(replace(choice, exact=(layer,))))}
+                beyond = [
+                    {"layer": layer, **asdict(score(replace(choice, beyond=(layer,))))}
                     for layer in moments
                     if len(moments) > 1 and not worse and in_time()
                 ]
-    if before is not None and worse:
+
+        @contextmanager
+        def engine(budget: Budget, total: int) -> Iterator[Callable[[Choice], Score]]:
+            bar = tqdm(total=total, desc="layers at 16 bits", unit="profile")
+            with start(budget) as probe, bar:
+                yield scores(probe, bar)
+
+        choice, reached, more = leave_layers(designer, choice, reached, engine, in_time)
+    if before is not None and before.kl < reached.kl:
         state.remove()
         return (
             f"\n{task.against} has a divergence of {before.kl:.4g} nats and nothing found here has "
@@ -447,26 +535,34 @@ def calibrate(task: Task) -> str:
         "choice": asdict(choice),
         "score": asdict(reached),
         "against": before and asdict(before),
-        "steps": steps,
-        "one_layer_16bit": sorted(exact, key=lambda tried: tried["kl"]),
-        "bytes_with_one_layer_16bit": round(budget.times_with_16bit(model.num_layers), 3),
+        "steps": [*steps, *more],
+        "one_layer_16bit": sorted(beyond, key=lambda tried: tried["kl"]),
+        "bytes_with_one_layer_16bit": round(
+            budget.pages(model.num_layers, 1) / budget.pages(model.num_layers), 3
+        ),
         "seconds": round(time.perf_counter() - begin),
     }
     every = {i: m + held_moments[i] for i, m in moments.items()}
     profile = Designer(model, budget, every).profile(_pinned(choice, designer), notes)
     profile.save(task.out)
     state.remove()
-    return summary(profile, budget, task)
+    return summary(profile, designer.budget_of(choice), task)
 
 
 def summary(profile: Profile, budget: Budget, task: Task) -> str:
     """What was found, for people."""
     notes, model, d = profile.notes, profile.model, profile.model.head_size
-    score = Score(**notes["score"])
+    score, exact = Score(**notes["score"]), profile.layers_16bit
+    together = model.num_layers / budget.pages(model.num_layers, len(exact))
     lines = [
         "",
         f"{task.out}: {budget.bits:g} bits a number on average, "
         f"{budget.slots * BLOCK_SIZE} visual tokens a page ({budget.slots}x)",
+        *(
+            [f"and 16 bits in layer {', '.join(map(str, exact))}: together {together:.3g}x"]
+            if exact
+            else []
+        ),
         f"for {notes['model']}: {model.model_type}, {model.num_layers} layers, "
         f"{model.num_kv_heads} KV heads of {d}",
         "",
@@ -517,7 +613,8 @@ def _older(path: Path, model: ModelIdentity, budget: Budget) -> Profile:
     if not fits or profile.slots(torch.bfloat16) != budget.slots:
         raise ConfigError(
             f"--against {path} is a profile of {profile.average_bits:g} bits for a "
-            f"{profile.model.model_type}; give one of this model and of {budget.bits:g} bits"
+            f"{profile.model.model_type}; give one of this model, of {budget.bits:g} bits in every "
+            "layer"
         )
     return profile
 

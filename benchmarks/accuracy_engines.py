@@ -89,6 +89,8 @@ class InProcess:
         if setting.options:
             settings["additional_config"] = {SECTION: setting.options}
         self.max_tokens = max_tokens
+        if setting.dtype == "int4_per_token_head":
+            _rotate_soundly()
         with _flash_version(setting.dtype):
             self.llm = LLM(
                 model,
@@ -173,6 +175,18 @@ class InProcess:
             for name in group.layer_names
         ]
         return sum(s.page_size_bytes / (s.block_size * getattr(s, "slots", 1)) for s in specs)
+
+
+def _rotate_soundly() -> None:
+    """Let ``int4_per_token_head`` rotate by a product with the Hadamard matrix.
+
+    The CUDA kernel that vLLM 0.32 prefers transforms 256 numbers at a time.  Where an odd number of
+    such pieces comes, as with 2 heads of 64 and most numbers of tokens, it fills the last one from
+    memory that nothing was written to, and what is not finite there ends the engine.
+    """
+    from vllm.v1.attention.ops import int4_per_token_head
+
+    int4_per_token_head._HADACORE_AVAILABLE = False
 
 
 @contextmanager

@@ -53,7 +53,6 @@ from benchmarks.accuracy_jobs import Found, Message, Outcome, Unit, divide, run_
 from benchmarks.accuracy_metrics import agreement, divergence, mean_drop, wilson
 from benchmarks.records import (
     environment,
-    newest_record,
     options,
     print_table,
     record_path,
@@ -275,7 +274,9 @@ def summary_lines(record: dict[str, Any]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line and fill in what depends on other arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--summary", action="store_true", help="print the newest record and end")
+    parser.add_argument(
+        "--summary", action="store_true", help="print the newest of every setting and end"
+    )
     parser.add_argument("--quick", action="store_true", help="a few minutes on two CPU cores")
     parser.add_argument("--model", help="name or directory; the tiny document reader if left out")
     parser.add_argument("--data", nargs="+", help="FILE.jsonl or NAME[:CONFIG[:SPLIT]] each")
@@ -348,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     if args.summary:
-        record = newest_record(NAME)
+        record = accuracy_report.together()
         print_results(record)
         print()
         print(summary_lines(record))

@@ -181,8 +181,8 @@ def _rotate_soundly() -> None:
     """Let ``int4_per_token_head`` rotate by a product with the Hadamard matrix.
 
     The CUDA kernel that vLLM 0.32 prefers transforms 256 numbers at a time.  Where an odd number of
-    such pieces comes, as with 2 heads of 64 and most numbers of tokens, it fills the last one from
-    memory that nothing was written to, and what is not finite there ends the engine.
+    such pieces comes, as with 2 heads of 64 and most numbers of tokens, the last one may be read
+    before it is there (vLLM issue 57014), and what is not finite then ends the engine.
     """
     from vllm.v1.attention.ops import int4_per_token_head
 

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import RECORDS
+
 PLOT = "accuracy.png"
 NOT_MEASURED = ["Not measured yet."]
 MODES = {"decode": "asked cold", "prefix-hit": "after a prefix hit"}
@@ -41,6 +43,24 @@ def latest(folder: Path) -> tuple[dict[str, Entry], dict[str, tuple[Path, dict[s
                 entries[entry["setting"]] = entry
                 sources[entry["setting"]] = path, record
     return entries, sources
+
+
+def together(folder: Path = RECORDS) -> dict[str, Any]:
+    """The same as one record, 16 bits first.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no record.
+    """
+    entries, _ = latest(folder)
+    if not entries:
+        raise FileNotFoundError(
+            f"no record of accuracy in {folder}; run python -m benchmarks.accuracy"
+        )
+    settings = sorted(entries.values(), key=lambda entry: entry["setting"] != "auto")
+    modes = dict.fromkeys(mode for entry in settings for mode in entry["modes"])
+    return {"modes": [*modes], "settings": settings}
 
 
 def is_learned(setting: str) -> bool:

@@ -516,3 +516,8 @@ def test_report_takes_the_newest_of_every_setting(tmp_path: Path) -> None:
     assert "| profile of 1 bit | 14 | 75.0 (25.0 ± 1.0) |" in text
     assert "4 questions of each kind. GPU, 20260103: [accuracy-20260103.json]" in text
     assert "; GPU, 20260102: [accuracy-20260102.json]" in text
+    record = accuracy_report.together(tmp_path)
+    assert record["modes"] == ["decode", "prefix-hit"] and record["settings"][0] == sixteen
+    assert summary_lines(record).splitlines()[-1] == "accuracy_drop bits1=25.0"
+    with pytest.raises(FileNotFoundError, match=r"run python -m benchmarks\.accuracy"):
+        accuracy_report.together(tmp_path / "none")

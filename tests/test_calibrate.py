@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.reference.checkpoints import make_checkpoint, make_image
 from tests.tinyvlm.unpack import model_path
+from vllm_calibquant.calibrate.command import State
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
 from vllm_calibquant.calibrate.probe import Answer, Probe, Reference, Score, divergence
 from vllm_calibquant.calibrate.prompts import load_prompts
@@ -19,7 +20,6 @@ from vllm_calibquant.calibrate.search import (
     Budget,
     Choice,
     Designer,
-    State,
     leave_layers,
     plain_profile,
     search,
@@ -518,7 +518,7 @@ def test_an_interrupted_command_goes_on(
 
     monkeypatch.setattr(Probe, "answers", count_answers)
     monkeypatch.setattr(Probe, "score", count_scores)
-    monkeypatch.setattr("vllm_calibquant.calibrate.search.BATCH", 2)
+    monkeypatch.setattr("vllm_calibquant.calibrate.command.BATCH", 2)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert (asked, len(scored)) == ([2, 1], 1)
@@ -540,8 +540,8 @@ def test_an_interrupted_command_goes_on(
 
 
 def test_what_the_command_chooses(monkeypatch, capsys) -> None:
-    search = "vllm_calibquant.calibrate.search.calibrate"
-    monkeypatch.setattr(search, lambda task: json.dumps([str(task.out), task.llm]))
+    command = "vllm_calibquant.calibrate.command.calibrate"
+    monkeypatch.setattr(command, lambda task: json.dumps([str(task.out), task.llm]))
     main(["calibrate", "someone/reader", "--data", "synthetic", "--bits", "1.5"])
     out, llm = json.loads(capsys.readouterr().out)
     assert out == "reader-1.5.safetensors"

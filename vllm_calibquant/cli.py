@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     args["llm"] |= pool_settings(args["llm"])
     try:
         if command == "calibrate":
-            from vllm_calibquant.calibrate.search import Task, calibrate
+            from vllm_calibquant.calibrate.command import Task, calibrate
 
             name = f"{Path(args['model']).name}-{args['bits']:g}.safetensors"
             args.setdefault("out", Path(name))

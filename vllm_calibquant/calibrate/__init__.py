@@ -1,4 +1,4 @@
 """``vllm-calibquant calibrate``: search a profile for a model.
 
-prompts → probe (a real vLLM, its layers watched) → moments → search → profile.
+command: prompts → probe (a real vLLM, its layers watched) → moments → search → profile.
 """

@@ -16,6 +16,7 @@ from vllm_calibquant.attention.basis import Basis
 from vllm_calibquant.attention.reference import Calibration, VisualPages, mixed_attention
 from vllm_calibquant.attention.store import Codec, store_visual
 from vllm_calibquant.config import ConfigError, load_config
+from vllm_calibquant.core.report import profile_line
 from vllm_calibquant.profile import (
     FORMAT_VERSION,
     LayerProfile,
@@ -286,3 +287,13 @@ def test_profiles_of_the_small_model(bits: float) -> None:
     assert profile.average_bits == bits
     assert profile.layers_16bit == ()
     assert path.stat().st_size < 1 << 18
+
+
+def test_the_start_says_where_a_profile_comes_from() -> None:
+    profile = load_profile(profile_path(1.25))
+    made = profile.notes["model"]
+    line = f"profile p: 1.25 bits a number, made for {made} from {profile.notes['prompts']} prompts"
+    assert profile_line(profile, "p", f"some/{made}") == line
+    other = profile_line(profile, "p", "/models/tuned")
+    assert other.startswith(f"{line}; tuned has the same shape, but if its weights differ")
+    assert profile_line(replace(profile, notes={}), "p", "m") == "profile p: 1.25 bits a number"

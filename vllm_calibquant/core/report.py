@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllm_calibquant.core.layout import step_layout
 from vllm_calibquant.core.spans import Span
 from vllm_calibquant.core.spec import MixedPageSpec
+from vllm_calibquant.profile import Profile
 
 TYPICAL_VISUAL = 1024
 TYPICAL_TEXT = 256
@@ -62,3 +65,26 @@ def capacity_line(cache_dtype: str, spec: MixedPageSpec, num_pages: int, num_lay
         f"{mixed:,} requests of {TYPICAL_VISUAL:,} visual and {TYPICAL_TEXT} text tokens; "
         f"{precision} pages alone would hold {stock:,}"
     )
+
+
+def profile_line(profile: Profile, path: str, model: str) -> str:
+    """Where a profile comes from, and a hint if it was made for a model of another name.
+
+    Models of one shape may differ in their weights, which a profile does not know.
+
+    Parameters
+    ----------
+    profile
+        It.
+    path
+        Its file.
+    model
+        Name or directory of the model that is served.
+    """
+    notes, name = profile.notes, Path(model).name
+    line = f"profile {path}: {profile.average_bits:g} bits a number"
+    if "model" in notes:
+        line += f", made for {notes['model']} from {notes['prompts']:,} prompts"
+    if notes.get("model", name) != name:
+        line += f"; {name} has the same shape, but if its weights differ, make a profile of its own"
+    return line

@@ -11,10 +11,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_calibquant.admission import chunk_tokens, too_long
+from vllm_calibquant.config import load_config
 from vllm_calibquant.core.layout import clip_chunk, prompt_pages
 from vllm_calibquant.core.manager import MixedPageManager
-from vllm_calibquant.core.report import capacity_line
+from vllm_calibquant.core.report import capacity_line, profile_line
 from vllm_calibquant.metrics import PageCounts
+from vllm_calibquant.profile import load_profile
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -62,6 +64,10 @@ class MixedPageScheduler(Scheduler):
                 layers[0],
             ),
         )
+        config = self.vllm_config
+        path = load_config(self.cache_config.cache_dtype, config.additional_config).profile
+        if path:
+            logger.info("%s", profile_line(load_profile(path), path, config.model_config.model))
         # vLLM asks its Mamba splitter for the end of every chunk when this is set.  Models with
         # Mamba layers are refused, so the question is ours alone to answer.
         self.need_mamba_block_aligned_split = True

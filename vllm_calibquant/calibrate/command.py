@@ -240,7 +240,7 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
     together = model.num_layers / budget.pages(model.num_layers, len(exact))
     lines = [
         "",
-        f"{task.out}: {budget.bits:g} bits a number on average, "
+        f"{task.out}: {budget.bits:g} bit{'s' * (budget.bits != 1)} a number on average, "
         f"{budget.slots * BLOCK_SIZE} visual tokens a page ({budget.slots}x)",
         *(
             [f"and 16 bits in layer {', '.join(map(str, exact))}: together {together:.3g}x"]

@@ -82,7 +82,8 @@ def profile_line(profile: Profile, path: str, model: str) -> str:
         Name or directory of the model that is served.
     """
     notes, name = profile.notes, Path(model).name
-    line = f"profile {path}: {profile.average_bits:g} bits a number"
+    bits = profile.average_bits
+    line = f"profile {path}: {bits:g} bit{'s' * (bits != 1)} a number"
     if "model" in notes:
         line += f", made for {notes['model']} from {notes['prompts']:,} prompts"
     if notes.get("model", name) != name:

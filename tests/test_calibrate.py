@@ -496,7 +496,10 @@ def test_command_leaves_a_layer_at_16_bits(data: Path, tmp_path: Path, monkeypat
 def test_an_interrupted_command_goes_on(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Ended in its second score, with half a record in its log, it repeats nothing."""
+    """Ended in its second score, with half a record in its log, it repeats nothing.
+
+    Nor does it lose what it has found where an engine for layers at 16 bits does not start.
+    """
     out = tmp_path / "profile.safetensors"
     llm = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 32 << 20}
     command = ["calibrate", str(checkpoint), "--data", str(data), "--bits", "1.25"]
@@ -530,8 +533,15 @@ def test_an_interrupted_command_goes_on(
     with log.open("a") as file:
         file.write('{"choice": "{')
     asked.append(0)  # from here on scores are not interrupted
+
+    def leave_layers(*args: object) -> None:
+        raise RuntimeError("too little memory")
+
+    monkeypatch.setattr("vllm_calibquant.calibrate.command.leave_layers", leave_layers)
     main(command)
-    assert "held out from the statistics" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "layers at 16 bits were not tried: too little memory" in said
+    assert "held out from the statistics" in said
     assert (asked, len(scored)) == ([2, 1, 0], 3 + 3)  # each layer at 16 bits, in the end
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     notes = load_profile(out).notes

@@ -478,7 +478,7 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     assert "8.50x (85 against 10), goal >= 8: met" in text
     assert "Goals: 8 of 8 are met." in text
     for line in (
-        "| `auto` (bf16) | 70 | - | - | - | - | - | - | `_a_kernel`, `_b_kernel` |",
+        "| `auto` (bf16) | 70 | - | - | - | - | - | - | - | `_a_kernel`, `_b_kernel` |",
         "| **`calibquant1`** | 850 (85) | 1,700 (85) | - | - |",
         "| `calibquant1` against `fp8` | 4.2x | 4.2x | - | - |",
         "| `fp8` | - | - | 4,000 | - | - | - |",

@@ -204,7 +204,11 @@ def calibrate(task: Task) -> str:
         ):
             yield score
 
-    choice, reached, more = leave_layers(judge.designer, choice, reached, engine, in_time)
+    try:
+        choice, reached, more = leave_layers(judge.designer, choice, reached, engine, in_time)
+        steps += more
+    except (RuntimeError, ValueError) as error:  # a second engine may find too little memory
+        tqdm.write(f"layers at 16 bits were not tried: {error}")
     if before is not None and before.kl < reached.kl:
         state.remove()
         return (
@@ -221,7 +225,7 @@ def calibrate(task: Task) -> str:
         "choice": asdict(choice),
         "score": asdict(reached),
         "against": before and asdict(before),
-        "steps": [*steps, *more],
+        "steps": steps,
         "one_layer_16bit": sorted(beyond, key=lambda tried: tried["kl"]),
         "bytes_with_one_layer_16bit": round(budget.pages(layers, 1) / budget.pages(layers), 3),
         "seconds": round(time.perf_counter() - begin),

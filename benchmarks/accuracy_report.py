@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RECORDS
+from benchmarks.records import RECORDS, no_record
 
 PLOT = "accuracy.png"
 NOT_MEASURED = ["Not measured yet."]
@@ -55,9 +55,7 @@ def together(folder: Path = RECORDS) -> dict[str, Any]:
     """
     entries, _ = latest(folder)
     if not entries:
-        raise FileNotFoundError(
-            f"no record of accuracy in {folder}; run python -m benchmarks.accuracy"
-        )
+        raise no_record("accuracy", folder)
     settings = sorted(entries.values(), key=lambda entry: entry["setting"] != "auto")
     modes = dict.fromkeys(mode for entry in settings for mode in entry["modes"])
     return {"modes": [*modes], "settings": settings}

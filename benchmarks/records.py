@@ -144,10 +144,13 @@ def newest_record(name: str) -> dict[str, Any]:
     """
     paths = sorted(RECORDS.glob(f"{name}-[0-9]*.json"))
     if not paths:
-        raise FileNotFoundError(
-            f"no record of {name} in {RECORDS}; run python -m benchmarks.{name}"
-        )
+        raise no_record(name, RECORDS)
     return json.loads(paths[-1].read_text(encoding="utf-8"))
+
+
+def no_record(name: str, folder: Path) -> FileNotFoundError:
+    """What to raise where a folder has no record of a benchmark."""
+    return FileNotFoundError(f"no record of {name} in {folder}; run python -m benchmarks.{name}")
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

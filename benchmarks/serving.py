@@ -233,14 +233,16 @@ class HttpServers:
         """Cells, to their end or to their limit."""
         job = self.job
         load = serving_http.DRY_LOAD if job["dry_run"] else serving_http.Load()
-        load = load._replace(repeats=job["plan"].get("http_repeats", load.repeats))
-        load = load._replace(starts=job["plan"].get("http_starts", load.starts))
+        load = load._replace(
+            starts=job["plan"].get("http_starts", load.starts),
+            repeats=job["plan"].get("http_repeats", load.repeats),
+        )
         try:
             for cell in serving_http.measure(
                 self.servers, self.client, self.directory, job["model"], load, job["limit_s"]
             ):
                 yield {"scenario": "http", **cell}
-        except TimeoutError as error:
+        except serving_http.CutOff as error:
             yield {"event": str(error)}
         except (RuntimeError, OSError) as error:
             yield {"scenario": "http", "error": str(error)}

@@ -97,6 +97,10 @@ WHICH = ("start", "seed")
 """Numbers of a repeat that say which one it is."""
 
 
+class CutOff(TimeoutError):
+    """All that was asked takes too long; other than a request to a server that does not answer."""
+
+
 class Server:
     """``vllm serve`` on a free port, once it is started."""
 
@@ -161,6 +165,7 @@ class Server:
         """End it, and whatever it started."""
         if self.process is not None:
             _kill(self.process)
+            self.process = None
 
 
 class Client:
@@ -371,9 +376,9 @@ def measure(
 
     Raises
     ------
-    TimeoutError
+    CutOff
         If it takes longer than ``limit_s``; cells of what ran before come first.
-    RuntimeError
+    RuntimeError, OSError
         If a server does not start or a run fails; likewise.
     """
     prepared = dict(loads(directory, model, load))
@@ -390,7 +395,7 @@ def measure(
                 seed = start * load.repeats + repeat
                 for dtype in [*servers][:: 1 if seed % 2 == 0 else -1]:
                     if time.monotonic() > end:
-                        raise TimeoutError("cut off by --engine-limit")
+                        raise CutOff("cut off by --engine-limit")
                     server = servers[dtype]
                     options = ["--port", str(server.port), "--model", str(directory)]
                     options += prepared[what]

@@ -298,13 +298,26 @@ def test_layers_are_left_at_16_bits_while_that_helps(gains, left) -> None:
         budgets.append(budget)
         yield score
 
-    choice, reached, steps = leave_layers(designer, first, Score(1.0, 1.0, 1.0), engine)
+    start = Score(1.0, 1.0, 1.0)
+    steps = [*leave_layers(designer, first, start, engine)]
+    choice, reached, _ = steps[-1] if steps else (first, start, "")
     assert choice == (replace(first, exact=left, splits=()) if left else first)
     assert reached.kl == pytest.approx(1 - sum(gains[i] for i in left))
     # 8 / 3 pages: of them 1 and 2 at 16 bits leave 1.67 for 7 and 0.67 for 6 layers.
     assert [budget.slots for budget in budgets] == [5, 9][: len(left) + 1]
-    assert [step.split(",")[0] for step, _ in steps] == [f"layer {i} at 16 bits" for i in left]
-    assert leave_layers(designer, first, reached, engine, lambda: False)[0] == first
+    assert [s.split(",")[0] for *_, s in steps] == [f"layer {i} at 16 bits" for i in left]
+    assert [*leave_layers(designer, first, start, engine, lambda: False)] == []
+
+    @contextmanager
+    def only_one_engine(budget: Budget, count: int):
+        if count < 8:
+            raise RuntimeError("too little memory")
+        yield lambda choice: Score(0.5, 1.0, 1.0)
+
+    found = leave_layers(designer, first, start, only_one_engine)
+    assert next(found)[0].exact == (0,)  # which the caller has, whatever comes then
+    with pytest.raises(RuntimeError, match="too little memory"):
+        next(found)
 
 
 def test_search_keeps_what_helps(designer: Designer) -> None:

@@ -204,7 +204,7 @@ def test_a_run_over_its_limit_keeps_what_it_had(tmp_path: Path, monkeypatch):
     measured = serving_http.measure(servers, client, tmp_path, model, load, limit_s=2)
     cells = [next(measured) for _ in range(3)]
     assert [cell["what"] for cell in cells] == ["start", *serving_http.REPEATED[:2]]
-    with pytest.raises(TimeoutError, match="--engine-limit"):
+    with pytest.raises(serving_http.CutOff, match="--engine-limit"):
         next(measured)
 
 

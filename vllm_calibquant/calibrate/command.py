@@ -205,10 +205,12 @@ def calibrate(task: Task) -> str:
             yield score
 
     try:
-        choice, reached, more = leave_layers(judge.designer, choice, reached, engine, in_time)
-        steps += more
-    except (RuntimeError, ValueError) as error:  # a second engine may find too little memory
-        tqdm.write(f"layers at 16 bits were not tried: {error}")
+        for better in leave_layers(judge.designer, choice, reached, engine, in_time):
+            choice, reached, what = better
+            steps.append((what, reached.kl))
+    except (RuntimeError, ValueError) as error:  # another engine may find too little memory
+        more = "more " if choice.exact else ""
+        tqdm.write(f"{more}layers at 16 bits were not tried: {error}")
     if before is not None and before.kl < reached.kl:
         state.remove()
         return (

@@ -309,7 +309,7 @@ def leave_layers(
     reached: Score,
     engine: Callable[[Budget, int], AbstractContextManager[Callable[[Choice], Score]]],
     in_time: Callable[[], bool] = lambda: True,
-) -> tuple[Choice, Score, list[tuple[str, float]]]:
+) -> Iterator[tuple[Choice, Score, str]]:
     """Leave layers at 16 bits, one after the other, as long as that fits the budget and helps.
 
     Parameters
@@ -322,16 +322,15 @@ def leave_layers(
     in_time
         Asked before each engine and each choice.
 
-    Returns
-    -------
-    choice, score, steps
-        As of :func:`search`; there may be no steps.
+    Yields
+    ------
+    choice, score, step
+        Where it has come to with one layer more, and that step in words.
     """
-    steps: list[tuple[str, float]] = []
     while in_time():
         budget = designer.budget.beside(len(designer.moments), len(choice.exact) + 1)
         if budget is None:
-            break
+            return
         left = [i for i in designer.moments if i not in choice.exact]
         # Splits were of another number of planes.
         options = [replace(choice, exact=(*choice.exact, i), splits=()) for i in left]
@@ -339,13 +338,12 @@ def leave_layers(
         with engine(budget, len(options)) as score:
             scores = [(score(option), option) for option in options if in_time()]
         if not scores:
-            break
+            return
         found, option = min(scores, key=lambda scored: scored[0].kl)
         if found.kl >= LEAVING_WORTHWHILE * reached.kl:
-            break
-        steps.append((f"layer {option.exact[-1]} at 16 bits, others {budget.bits:g}", found.kl))
+            return
         choice, reached = option, found
-    return choice, reached, steps
+        yield choice, reached, f"layer {option.exact[-1]} at 16 bits, others {budget.bits:g}"
 
 
 def _difference(one: Choice, other: Choice) -> str:

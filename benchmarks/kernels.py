@@ -32,15 +32,15 @@ from csrc_triton import (
     allocate_tables,
     build_tables,
     decode_attention,
-    merge_turned,
     prefill_attention,
     store,
-    turn_query,
 )
 from csrc_triton.attention import ATTEND, CALIBRATE, EXTREMES
 from csrc_triton.decode import MAX_REGISTERS
 from csrc_triton.metadata import PROGRAMS_PER_SM
+from vllm_calibquant.attention.basis import Basis
 from vllm_calibquant.format import PageFormat
+from vllm_calibquant.profile import LayerProfile, PartProfile
 from vllm_calibquant.tags import tag
 
 BLOCK = 16
@@ -170,39 +170,17 @@ class Decode:
         self.query = torch.randn(batch, hq, d, dtype=page.dtype, device="cuda")
         self.out = torch.empty_like(self.query)
 
-    def launches(self, calibration: tuple[float, float] | None, kernel: str) -> list[Callable]:
-        """One call for each layer."""
+    def time(
+        self, calibration: tuple[float, float] | None = None, kernel: str = "auto",
+        basis: Basis | None = None,
+    ) -> float:  # fmt: skip
+        """Microseconds of one call."""
 
         def one(cache: torch.Tensor) -> Callable[[], None]:
             return lambda: decode_attention(
                 self.tables, self.scratch, self.fmt, self.query, cache, self.out, scale=self.scale,
-                calibration=calibration, kernel=kernel,
+                calibration=calibration, kernel=kernel, basis=basis,
             )  # fmt: skip
-
-        return [one(cache) for cache in self.caches]
-
-    def time(self, calibration: tuple[float, float] | None = None, kernel: str = "auto") -> float:
-        """Microseconds of one call."""
-        return time_us(self.launches(calibration, kernel))
-
-    def time_in_basis(self) -> float:
-        """Microseconds of one call between the turns of the query and of the output."""
-        hkv, d = self.caches[0].shape[1], self.query.shape[2]
-        inverse = torch.eye(d, device="cuda").expand(hkv, d, d).contiguous()
-        mean = torch.zeros(hkv, d, device="cuda")
-        codes, lse = self.query.float(), self.query.new_empty(self.query.shape[1::-1]).float()
-        text = torch.empty_like(self.query), torch.full_like(lse, float("-inf"))
-
-        def one(cache: torch.Tensor) -> Callable[[], None]:
-            def launch() -> None:
-                turned, shift = turn_query(self.query, inverse, mean)
-                decode_attention(
-                    self.tables, self.scratch, self.fmt, turned, cache, codes, scale=self.scale,
-                    lse=lse,
-                )  # fmt: skip
-                merge_turned(self.out, (codes, lse), shift, inverse, mean, text, scale=self.scale)
-
-            return launch
 
         return time_us([one(cache) for cache in self.caches])
 
@@ -210,6 +188,14 @@ class Decode:
         """Microseconds of the kernel that makes a step's tables."""
         batch = self.step_inputs[1].shape[0]
         return time_us([lambda: build_tables(self.tables, *self.step_inputs, num_decodes=batch)])
+
+
+def identity(heads: int, d: int) -> Basis:
+    """A basis that changes nothing, which no kernel knows."""
+    eye = PartProfile(
+        torch.eye(d).expand(heads, d, d), torch.zeros(heads, d), (1,) * d, torch.ones(d)
+    )
+    return Basis.of(LayerProfile(eye, eye), slice(0, heads), torch.bfloat16, "cuda")
 
 
 def time_flash(
@@ -449,7 +435,7 @@ def measure_variant(
     row["calibrated_us"] = decode.time((0.0, 3.0), kernel=kernel)
     in_basis = ""
     if profile is not None:
-        row["in_basis_us"] = decode.time_in_basis()
+        row["in_basis_us"] = decode.time(basis=identity(shape[1], d))
         in_basis = f", {row['in_basis_us']:.1f} in a basis"
     del decode
     torch.cuda.empty_cache()

@@ -5,8 +5,7 @@ The steps of a layer, in order (all shapes fixed, nothing synchronises with the 
 1. once a step: :func:`build_tables` turns tagged block ids into :class:`StepTables`;
 2. :func:`store` writes the step's K and V, text and visual, in one launch;
 3. decode: stock FlashAttention over ``text_block_table`` and ``text_lens`` gives output and
-   log-sum-exp of the text part, :func:`decode_attention` adds the visual pages and merges, or in
-   a profile's basis :func:`turn_query`, :func:`decode_attention` and :func:`merge_turned`;
+   log-sum-exp of the text part, :func:`decode_attention` adds the visual pages and merges;
 4. prefill: FlashAttention over the step's own K and V and over the cached text blocks
    (``context_text_lens``), :func:`prefill_attention` over the visual pages, :func:`merge_parts`.
 
@@ -14,7 +13,6 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 (``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
 """
 
-from .basis import merge_turned, turn_query
 from .decode import (
     MAX_VALUE_PLANES,
     DecodeScratch,
@@ -40,8 +38,6 @@ __all__ = [
     "decode_attention",
     "gluon_serves",
     "merge_parts",
-    "merge_turned",
     "prefill_attention",
     "store",
-    "turn_query",
 ]

@@ -7,27 +7,57 @@
     visual = T_V^-1 codes + mean_V,    lse = lse_codes + scale shift
 
 The second kernel also merges the visual part with the text part.  A program has 16 rows, pairs of
-token and query head of one KV head, and 32 of their channels.
+token and query head of one KV head, and 32 of their channels.  With ``PDL`` the next launch need
+not wait for the first kernel's end, and the second one begins before the launch before it ends.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import launch
+from .merge import add_parts, begin_merge, end_merge
 from .tables import cdiv, next_power_of_2
 
 ROWS, COLUMNS = 16, 32
 
 
+class Turn(Protocol):
+    """What a basis takes back of K or of V, as ``vllm_calibquant.attention.basis.PartBasis``."""
+
+    @property
+    def inverse(self) -> torch.Tensor:
+        """float32 ``[Hkv, D, D]``: transposed inverse of the basis."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 ``[Hkv, D]``."""
+
+
+class Turns(Protocol):
+    """Of K and of V."""
+
+    @property
+    def key(self) -> Turn:
+        """Of K."""
+
+    @property
+    def value(self) -> Turn:
+        """Of V."""
+
+
 @triton.jit
 def _rows(num_tokens, GROUP: tl.constexpr, BM: tl.constexpr):
-    """Token and query head of each row of a program, and which exist."""
+    """Token and query head of each row of a program, and which exist; the others read the last."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     token = o_m // GROUP
-    return token.to(tl.int64), tl.program_id(1) * GROUP + o_m % GROUP, token < num_tokens
+    i_head = tl.program_id(1) * GROUP + o_m % GROUP
+    return tl.minimum(token, num_tokens - 1).to(tl.int64), i_head, token < num_tokens
 
 
 @triton.jit(do_not_specialize=["stride_sh", "num_tokens"])
@@ -35,13 +65,16 @@ def _turn_query_kernel(
     p_q, stride_qt, stride_qh, p_inverse, p_mean, p_turned, stride_tt, stride_th,
     p_shift, stride_sh, num_tokens,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()  # the next launch waits for this one's results itself
     token, i_head, m_r = _rows(num_tokens, GROUP, BM)
     o_d = tl.arange(0, BD)
     o_n = tl.program_id(2) * BN + tl.arange(0, BN)
     m_d, m_n = o_d < D, o_n < D
     p_row = p_q + token * stride_qt + i_head * stride_qh
-    q = tl.load(p_row[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0)
+    q = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0)
     q = q.to(tl.float32)
     p_part = p_inverse + tl.program_id(1) * (D * D)
     m = m_d[:, None] & m_n[None, :]
@@ -56,51 +89,48 @@ def _turn_query_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_ll", "stride_sh", "stride_tl", "num_tokens"],
+    do_not_specialize=["stride_ll", "stride_sh", "stride_tl", "stride_el", "num_tokens"],
     do_not_specialize_on_alignment=["p_text_lse"],
 )
 def _merge_turned_kernel(
     p_codes, stride_ct, stride_ch, p_lse, stride_ll, p_shift, stride_sh, scale,
     p_inverse, p_mean, p_text, stride_tt, stride_th, p_text_lse, stride_tl,
-    p_out, stride_ot, stride_oh, num_tokens,
+    p_out, stride_ot, stride_oh, p_out_lse, stride_el, num_tokens,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, i_head, m_r = _rows(num_tokens, GROUP, BM)
     o_d = tl.arange(0, BD)
     o_n = tl.program_id(2) * BN + tl.arange(0, BN)
     m_d, m_n = o_d < D, o_n < D
-    p_row = p_codes + token * stride_ct + i_head * stride_ch
-    codes = tl.load(p_row[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0)
     p_part = p_inverse + tl.program_id(1) * (D * D)
     m = m_d[:, None] & m_n[None, :]
     inverse = tl.load(p_part + o_d[:, None] * D + o_n[None, :], mask=m, other=0)
     mean = tl.load(p_mean + tl.program_id(1) * D + o_n, mask=m_n, other=0)
-    visual = tl.dot(codes, inverse) + mean[None, :]
-
-    lse = tl.load(p_lse + i_head * stride_ll + token, mask=m_r, other=float("-inf"))
-    lse += scale * tl.load(p_shift + i_head * stride_sh + token, mask=m_r, other=0)
-    text_lse = tl.load(p_text_lse + i_head * stride_tl + token, mask=m_r, other=float("-inf"))
-    # FlashAttention gives +inf for a row without keys, whose output may be anything.
-    text_lse = tl.where(text_lse == float("inf"), float("-inf"), text_lse)
-    top = tl.maximum(lse, text_lse)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weight, text_weight = tl.exp(lse - top), tl.exp(text_lse - top)
-    total = weight + text_weight
-    total = tl.where(total > 0, total, 1.0)
     p_row = p_text + token * stride_tt + i_head * stride_th
-    m = m_r[:, None] & m_n[None, :]
-    m_text = m & (text_weight > 0)[:, None]
-    text = tl.load(p_row[:, None] + o_n[None, :], mask=m_text, other=0).to(tl.float32)
-    out = visual * (weight / total)[:, None] + text * (text_weight / total)[:, None]
+    top, total, out, wide = begin_merge(
+        p_text_lse + i_head * stride_tl + token, p_row[:, None] + o_n[None, :], m_n[None, :],
+        HAS_TEXT, BN,
+    )  # fmt: skip
+    if PDL:
+        gdc_wait()  # only now are the codes' part and the queries' shifts complete
+    p_row = p_codes + token * stride_ct + i_head * stride_ch
+    codes = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0)
+    visual = tl.dot(codes, inverse) + mean[None, :]
+    lse = tl.load(p_lse + i_head * stride_ll + token)
+    lse += scale * tl.load(p_shift + i_head * stride_sh + token)
+    top, total, out, wide = add_parts(top, total, out, wide, lse[None, :], visual[None, :, :])
+    out, lse = end_merge(top, total, out, wide, p_mean, o_n, D, 0, 0)
     p_row = p_out + token * stride_ot + i_head * stride_oh
+    m = m_r[:, None] & m_n[None, :]
     tl.store(p_row[:, None] + o_n[None, :], out.to(p_out.dtype.element_ty), mask=m)
+    if HAS_LSE:  # the same from all programs of a row
+        tl.store(p_out_lse + i_head * stride_el + token, lse, mask=m_r)
 
 
-def _grid_and_sizes(
-    num_tokens: int, num_heads: int, inverse: torch.Tensor
-) -> tuple[tuple, dict[str, int]]:
+def _grid_and_sizes(num_tokens: int, num_heads: int, turn: Turn) -> tuple[tuple, dict[str, int]]:
     """Grid and constants of both kernels."""
-    num_kv_heads, d = inverse.shape[:2]
+    num_kv_heads, d = turn.mean.shape
     group = num_heads // num_kv_heads
     grid = (cdiv(num_tokens * group, ROWS), num_kv_heads, cdiv(d, COLUMNS))
     sizes = {"GROUP": group, "D": d, "BD": next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
@@ -108,7 +138,7 @@ def _grid_and_sizes(
 
 
 def turn_query(
-    query: torch.Tensor, inverse: torch.Tensor, mean: torch.Tensor
+    query: torch.Tensor, key: Turn, *, pdl: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries for coded keys.
 
@@ -116,10 +146,10 @@ def turn_query(
     ----------
     query
         ``[num_tokens, Hq, D]``; query heads of a KV head are neighbours.
-    inverse
-        float32 ``[Hkv, D, D]``: transposed inverse of the basis of K (``PartBasis.inverse``).
-    mean
-        float32 ``[Hkv, D]``.
+    key
+        Basis of K.
+    pdl
+        Whether the next launch may begin at once; then it must wait for this one itself.
 
     Returns
     -------
@@ -132,12 +162,12 @@ def turn_query(
     turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     shift = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     if num_tokens > 0:
-        grid, sizes = _grid_and_sizes(num_tokens, num_heads, inverse)
+        grid, sizes = _grid_and_sizes(num_tokens, num_heads, key)
         launch(
             _turn_query_kernel, grid,
-            query, query.stride(0), query.stride(1), inverse, mean,
+            query, query.stride(0), query.stride(1), key.inverse, key.mean,
             turned, turned.stride(0), turned.stride(1), shift, shift.stride(0), num_tokens,
-            **sizes, num_warps=2,
+            **sizes, PDL=pdl, num_warps=2,
         )  # fmt: skip
     return turned, shift
 
@@ -146,11 +176,12 @@ def merge_turned(
     out: torch.Tensor,
     codes: tuple[torch.Tensor, torch.Tensor],
     shift: torch.Tensor,
-    inverse: torch.Tensor,
-    mean: torch.Tensor,
-    text: tuple[torch.Tensor, torch.Tensor],
+    value: Turn,
+    text: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     scale: float,
+    lse: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """Turn what was summed of coded values, and merge it with the text part.
 
@@ -163,22 +194,31 @@ def merge_turned(
         float32 ``[Hq, num_tokens]``, -inf without visual tokens.
     shift
         Of :func:`turn_query`.
-    inverse, mean
-        As for :func:`turn_query`, of the basis of V.
+    value
+        Basis of V.
     text
-        Output and log-sum-exp of the text part, which is -inf or +inf without keys.
+        Output and log-sum-exp of the text part, which is -inf or +inf without keys, or None.
     scale
         Factor on scores.
+    lse
+        float32 ``[Hq, num_tokens]``, written if given: the log-sum-exp of everything in ``out``.
+    pdl
+        Whether to begin before the launch before this one, which must be that of ``codes``, has
+        ended.
     """
     num_tokens, num_heads, _ = out.shape
     if num_tokens == 0:
         return
-    (x, lse), (text_out, text_lse) = codes, text
-    grid, sizes = _grid_and_sizes(num_tokens, num_heads, inverse)
+    x, x_lse = codes
+    text_out, text_lse = text or codes
+    out_lse = x_lse if lse is None else lse
+    grid, sizes = _grid_and_sizes(num_tokens, num_heads, value)
     launch(
         _merge_turned_kernel, grid,
-        x, x.stride(0), x.stride(1), lse, lse.stride(0), shift, shift.stride(0), scale,
-        inverse, mean, text_out, text_out.stride(0), text_out.stride(1),
-        text_lse, text_lse.stride(0), out, out.stride(0), out.stride(1), num_tokens,
-        **sizes, num_warps=2,
+        x, x.stride(0), x.stride(1), x_lse, x_lse.stride(0), shift, shift.stride(0), scale,
+        value.inverse, value.mean, text_out, text_out.stride(0), text_out.stride(1),
+        text_lse, text_lse.stride(0), out, out.stride(0), out.stride(1),
+        out_lse, out_lse.stride(0), num_tokens,
+        **sizes, HAS_TEXT=text is not None, HAS_LSE=lse is not None, PDL=pdl, num_warps=2,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

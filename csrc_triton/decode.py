@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
+from .basis import Turns, merge_turned, turn_query
 from .launch import launch
 from .merge import _merge_splits_kernel, merged_heads
 from .metadata import StepTables
@@ -111,11 +114,13 @@ def decode_attention(
     calibration: tuple[float, float] | None = None,
     text: Part | None = None,
     lse: torch.Tensor | None = None,
+    basis: Turns | None = None,
     kernel: str = "auto",
 ) -> None:
     """Attention of one new token of each request over its visual pages, merged with the text part.
 
-    Two launches, three with calibration.  The grid depends on shapes only.
+    Two launches, one more with calibration and two more with a basis; where the device can, each
+    begins before the one before it has ended.  The grid depends on shapes only.
 
     Parameters
     ----------
@@ -127,8 +132,7 @@ def decode_attention(
     fmt
         Page format of the layer.
     query
-        ``[num_requests, Hq, D]``; head h reads KV head ``h // (Hq // Hkv)``.  With a static basis,
-        pass the transformed query and merge in a second step.
+        ``[num_requests, Hq, D]``; head h reads KV head ``h // (Hq // Hkv)``.
     kv_cache
         ``[num_blocks, Hkv, 16, 2 D]``, one contiguous run for each (page, head).
     out
@@ -142,6 +146,8 @@ def decode_attention(
         logarithm, -inf or +inf for no keys) of the text part, or None if there is none.
     lse
         float32 ``[Hq, num_requests]``, written if given: the log-sum-exp of everything in ``out``.
+    basis
+        That of a profile, in which keys and values were coded.
     kernel
         "gluon", "triton", or "auto": Gluon where it serves the format and the device.
 
@@ -163,20 +169,45 @@ def decode_attention(
     if kernel == "gluon" and not use_gluon:
         raise ValueError("the Gluon kernel does not serve this format on this device")
     planes = 0
+    split: Callable[..., None]
     if not use_gluon:
         split = _split_triton
     elif serves_uniform(fmt):
         split = _split_gluon
     else:
-        split, planes = _split_profile, fmt.page.value_planes
+        split = partial(_split_profile, turned=basis is not None)
+        planes = fmt.page.value_planes
     if scratch.out.shape[2] < planes + d:
         raise ValueError(
             f"scratch for {scratch.out.shape[2] - d} planes of V, and pages have {planes}"
         )
-    split(tables, scratch, fmt, query, kv_cache, scale, calibration)
     pdl = use_gluon and dependent_launch(query.device)
-    has_text = text is not None
-    text_out, text_lse = text or (query, scratch.lse)
+    if basis is None:
+        split(tables, scratch, fmt, query, kv_cache, scale, calibration)
+        _merge_splits(tables, scratch, fmt, out, text, lse, planes, pdl, False)
+        return
+    turned, shift = turn_query(query, basis.key, pdl=pdl)
+    codes = torch.empty_like(query, dtype=torch.float32)
+    codes_lse = torch.empty_like(shift)
+    split(tables, scratch, fmt, turned, kv_cache, scale, calibration)
+    _merge_splits(tables, scratch, fmt, codes, None, codes_lse, planes, pdl, True)
+    merge_turned(out, (codes, codes_lse), shift, basis.value, text, scale=scale, lse=lse, pdl=pdl)
+
+
+def _merge_splits(
+    tables: StepTables,
+    scratch: DecodeScratch,
+    fmt: DeviceFormat,
+    out: torch.Tensor,
+    text: Part | None,
+    lse: torch.Tensor | None,
+    planes: int,
+    pdl: bool,
+    turned: bool,
+) -> None:
+    """Merge the parts in ``scratch``, and the text part; ``turned``: for :func:`merge_turned`."""
+    num_requests, num_heads, d = out.shape
+    text_out, text_lse = text or (out, scratch.lse)
     out_lse = scratch.lse if lse is None else lse
     heads, items, warps = _merge_tile(tables, num_requests, num_heads, planes)
     launch(
@@ -185,7 +216,8 @@ def decode_attention(
         text_out, text_out.stride(0), text_out.stride(1), text_lse, text_lse.stride(0),
         out, out.stride(0), out.stride(1), out_lse, out_lse.stride(0),
         fmt.value_plane, NUM_HEADS=num_heads, BH=heads, D=d, BD=next_power_of_2(d),
-        HAS_TEXT=has_text, HAS_LSE=lse is not None, BI=items, PDL=pdl, PLANES=planes,
+        HAS_TEXT=text is not None, HAS_LSE=lse is not None, BI=items, PDL=pdl,
+        TURNED=turned, PLANES=planes,
         BITS=fmt.value_plane.shape[0] if planes else 0, BP=next_power_of_2(planes + d),
         num_warps=warps,
         **({"launch_pdl": True} if pdl else {}),
@@ -273,6 +305,7 @@ def _split_profile(
     kv_cache: torch.Tensor,
     scale: float,
     calibration: tuple[float, float] | None,
+    turned: bool,
 ) -> None:
     _, num_heads, d = query.shape
     num_kv_heads = kv_cache.shape[1]
@@ -280,6 +313,7 @@ def _split_profile(
     pdl = dependent_launch(query.device)
     page = fmt.page
     for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
+        waits = pdl and (turned or mode == CALIBRATE)
         launch(
             _profile_kernel, (num_kv_heads, tables.target_programs),
             query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
@@ -292,8 +326,8 @@ def _split_profile(
             NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, D=d,
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=True,
-            PDL=pdl, num_warps=1, maxnreg=MAX_REGISTERS[mode],
-            **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
+            PDL=pdl, WAITS=waits, num_warps=1, maxnreg=MAX_REGISTERS[mode],
+            **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
 
 

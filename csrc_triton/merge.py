@@ -14,7 +14,7 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import launch
 from .tables import next_power_of_2
@@ -40,6 +40,12 @@ def merged_heads(num_heads: int) -> int:
 
 
 @triton.jit
+def as_no_keys(lse):
+    """FlashAttention gives +inf for a row without keys, whose output may be anything: -inf."""
+    return tl.where(lse == float("inf"), float("-inf"), lse)
+
+
+@triton.jit
 def begin_merge(p_lse, p_text, m_d, HAS_TEXT: tl.constexpr, BP: tl.constexpr):
     """What a merge begins with: the text part at p_text [heads, BD] and p_lse [heads], or nothing.
 
@@ -52,11 +58,9 @@ def begin_merge(p_lse, p_text, m_d, HAS_TEXT: tl.constexpr, BP: tl.constexpr):
     out = tl.zeros([BH, p_text.shape[1]], tl.float32)
     wide = tl.zeros([BH, BP], tl.float32)
     if HAS_TEXT:
-        lse = tl.load(p_lse)
+        m_h = as_no_keys(tl.load(p_lse))
         text = tl.load(p_text, mask=m_d, other=0)
-        # FlashAttention gives +inf for a row without keys, whose output may be anything.
-        has_keys = (lse > float("-inf")) & (lse < float("inf"))
-        m_h = tl.where(has_keys, lse, float("-inf"))
+        has_keys = m_h > float("-inf")
         l_h = tl.where(has_keys, 1.0, 0.0)
         out = tl.where(has_keys[:, None], text.to(tl.float32), 0.0)
     return m_h, l_h, out, wide
@@ -99,9 +103,14 @@ def _merge_splits_kernel(
     p_out, stride_ot, stride_oh, p_lse, stride_eh, p_plane,
     NUM_HEADS: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_TEXT: tl.constexpr, HAS_LSE: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr,
-    PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
+    TURNED: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """A program merges BH heads of a request, BI items at a time."""
+    """A program merges BH heads of a request, BI items at a time.
+
+    TURNED says that csrc_triton.basis.merge_turned comes next.
+    """
+    if PDL and TURNED:
+        gdc_launch_dependents()  # it waits for this one's results itself
     i_row = tl.program_id(0)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
@@ -156,10 +165,7 @@ def _merge_parts_kernel(
         lse_c = tl.load(p_c_lse + i_head * stride_cl + i_row)
     else:
         lse_c = tl.full([], float("-inf"), tl.float32)
-    # FlashAttention gives +inf for a row without keys.
-    lse_a = tl.where(lse_a == float("inf"), float("-inf"), lse_a)
-    lse_b = tl.where(lse_b == float("inf"), float("-inf"), lse_b)
-    lse_c = tl.where(lse_c == float("inf"), float("-inf"), lse_c)
+    lse_a, lse_b, lse_c = as_no_keys(lse_a), as_no_keys(lse_b), as_no_keys(lse_c)
     top = tl.maximum(tl.maximum(lse_a, lse_b), lse_c)
     top = tl.where(top == float("-inf"), 0.0, top)
     w_a = tl.exp(lse_a - top)

@@ -312,8 +312,8 @@ def _prefill_planes(
                 fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
                 NUM_HEADS=num_heads, GROUP=group, D=d, KEY_PLANES=page.key_planes,
                 VALUE_PLANES=planes, SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
-                HALF=tables.half_slots, MODE=mode, DECODE=False, PDL=False, num_warps=1,
-                maxnreg=MAX_REGISTERS[mode],
+                HALF=tables.half_slots, MODE=mode, DECODE=False, PDL=False,
+                WAITS=False, num_warps=1, maxnreg=MAX_REGISTERS[mode],
             )  # fmt: skip
         launch(
             _merge_kernel, (num_requests * window, num_heads),

@@ -423,9 +423,13 @@ def _attend_kernel(
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     KEY_PLANES: gl.constexpr, VALUE_PLANES: gl.constexpr, SLOTS: gl.constexpr,
     RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr, MODE: gl.constexpr, DECODE: gl.constexpr,
-    PDL: gl.constexpr,
+    PDL: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
-    """In prefill, rows are queries ``first_query .. first_query + window - 1`` of each request."""
+    """In prefill, rows are queries ``first_query .. first_query + window - 1`` of each request.
+
+    With WAITS this launch begins before that of queries or extremes has ended; with PDL the next
+    one may begin so.
+    """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -449,6 +453,8 @@ def _attend_kernel(
         item_begin = gl.load(p_program_item + i_program)
         item_end = gl.load(p_program_item + i_program + 1)
         if i_program >= num_programs:
+            if WAITS:
+                gdc_wait()  # or the launches after this one could overtake the one before it
             return
         m_n = o_n < GROUP
         m_c = o_c < GROUP
@@ -515,6 +521,8 @@ def _attend_kernel(
             async_copy.commit_group()
 
         if DECODE:
+            if WAITS:
+                gdc_wait()  # for queries and extremes; all else was there before their launches
             p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n) * stride_qh
             at = i_item.to(gl.int64) * NUM_HEADS + i_head * GROUP + o_c
         else:
@@ -530,8 +538,6 @@ def _attend_kernel(
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
             if DECODE:
-                if PDL:
-                    gdc_wait()  # for the extremes; all else was there before their launch
                 low, high = _request_extremes(
                     p_low, p_high, gl.load(p_item_start + req), gl.load(p_item_start + req + 1),
                     i_head * GROUP + o_c, m_c, NUM_HEADS, MMA,

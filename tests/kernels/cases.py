@@ -9,7 +9,9 @@ import torch
 
 from csrc_triton import DeviceFormat
 from csrc_triton.store import quantise
+from vllm_calibquant.attention.basis import Basis, PartBasis
 from vllm_calibquant.format import PageFormat
+from vllm_calibquant.profile import LayerProfile, PartProfile
 from vllm_calibquant.tags import page_of, slot_of, tag
 
 BLOCK = 16
@@ -39,6 +41,31 @@ def counted_bits(head_size: int, *counts: int) -> tuple[int, ...]:
 def make_format_on(fmt: DeviceFormat, device: str) -> DeviceFormat:
     """The same format with its tables on another device."""
     return DeviceFormat(fmt.page, device, fmt.key_clip, fmt.value_clip, fmt.key_mix, fmt.value_mix)
+
+
+def make_basis(
+    heads: int, head_size: int, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16
+) -> Basis:
+    """A basis some way off the identity."""
+
+    def part():
+        turn = torch.eye(head_size) + 0.3 * torch.randn(
+            heads, head_size, head_size, generator=generator
+        ) / head_size**0.5  # fmt: skip
+        mean = torch.randn(heads, head_size, generator=generator)
+        return PartProfile(turn, mean, (1,) * head_size, torch.ones(head_size))
+
+    return Basis.of(LayerProfile(part(), part()), slice(0, heads), dtype, "cpu")
+
+
+def on_device(basis: Basis, device: str) -> Basis:
+    """The same basis on another device."""
+    return Basis(
+        *(
+            PartBasis(*(x.to(device) for x in (p.forward, p.shift, p.inverse, p.mean)))
+            for p in (basis.key, basis.value)
+        )
+    )
 
 
 @dataclass

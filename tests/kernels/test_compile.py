@@ -156,16 +156,35 @@ def test_attention(capability, mode, prefill, head_size):
 
 def test_merge():
     splits = {"NUM_HEADS": 28, "BH": 4, "D": 80, "BD": 128, "HAS_TEXT": True, "HAS_LSE": True,
-              "BI": 8, "PDL": False, "PLANES": 0, "BITS": 0, "BP": 128}  # fmt: skip
+              "BI": 8, "PDL": False, "TURNED": False, "PLANES": 0, "BITS": 0,
+              "BP": 128}  # fmt: skip
     compile_kernel(merge._merge_splits_kernel, splits, 80, num_warps=1)
     planes = {"BH": 1, "D": 128, "PLANES": 160, "BITS": 3, "BP": 512}
     compile_kernel(merge._merge_splits_kernel, splits | planes, 80, num_warps=2)
-    shares = {k: v for k, v in splits.items() if k not in ("HAS_LSE", "BI", "PDL")} | {"BS": 4}
+    decode_only = ("HAS_LSE", "BI", "PDL", "TURNED")
+    shares = {k: v for k, v in splits.items() if k not in decode_only} | {"BS": 4}
     compile_kernel(prefill._merge_kernel, shares, 80, num_warps=1)
     compile_kernel(prefill._merge_kernel, shares | planes | {"BS": 16}, 80, num_warps=4)
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
-    compile_kernel(basis._turn_query_kernel, turned, 80, num_warps=2)
+    compile_kernel(basis._turn_query_kernel, turned | {"PDL": False}, 80, num_warps=2)
+    turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
+
+
+def test_dependent_launches(tmp_path):
+    turned = {"GROUP": 7, "D": 128, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS, "PDL": True}
+    merged = {"HAS_TEXT": True, "HAS_LSE": False}
+    splits = {"NUM_HEADS": 28, "BH": 1, "D": 128, "BD": 128, "HAS_TEXT": False, "HAS_LSE": True,
+              "BI": 8, "PDL": True, "TURNED": True, "PLANES": 160, "BITS": 3,
+              "BP": 512}  # fmt: skip
+    for kernel, constants, begins, waits in (
+        (basis._turn_query_kernel, turned, True, False),
+        (merge._merge_splits_kernel, splits, True, True),
+        (basis._merge_turned_kernel, turned | merged, False, True),
+    ):
+        compiled = compile_kernel(kernel, constants, 90, num_warps=2, launch_pdl=waits)
+        sass = disassembly(compiled, tmp_path)
+        assert ("PREEXIT" in sass, "ACQBULK" in sass) == (begins, waits)
     parts = {"D": 80, "BD": 128, "PARTS": 3}
     compile_kernel(merge._merge_parts_kernel, parts, 80, num_warps=1)
 
@@ -278,7 +297,7 @@ def test_gluon_profile(capability, mode, case, prefill, tmp_path):
         "NUM_HEADS": 4 * group, "GROUP": group, "D": head_size,
         "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": slots,
         "RANGE_OFFSET": page.range_offset // 2, "HALF": metadata.half_slots(slots), "MODE": mode,
-        "DECODE": not prefill, "PDL": capability >= 90,
+        "DECODE": not prefill, "PDL": capability >= 90, "WAITS": capability >= 90,
     }  # fmt: skip
     compiled = compile_kernel(
         _attend_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,

@@ -54,17 +54,18 @@ def test_decode_widths(bits, group):
                     kernel="auto", device="cuda")  # fmt: skip
 
 
+@pytest.mark.parametrize("in_basis", [False, True])
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize("sms", [1, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 @pytest.mark.parametrize("case", test_decode.PROFILES)
-def test_decode_profile(case, kernel, dtype, sms, calibration):
+def test_decode_profile(case, kernel, dtype, sms, calibration, in_basis):
     head_size, key, value, _, group = test_decode.PROFILES[case]
     bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
     test_decode.run(make_format(head_size, bits, dtype), group=group, plans=LONG,
                     calibration=calibration, spread=2.0, kernel=kernel, device="cuda",
-                    sms=sms)  # fmt: skip
+                    sms=sms, in_basis=in_basis)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -169,4 +170,4 @@ def test_turned_queries_and_outputs(head_size, group, tokens):
 def test_graph_replays_follow_the_tables(profile):
     _, key, value, _, _ = test_decode.PROFILES["160 + 96 planes"]
     bits = (counted_bits(128, *key), counted_bits(128, *value)) if profile else 1
-    test_decode.run_graph(make_format(128, bits), group=7, heads=4)
+    test_decode.run_graph(make_format(128, bits), group=7, heads=4, in_basis=profile)

@@ -432,42 +432,17 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         """Attention of one new token of each request, given that of their text."""
-        basis = self.codec.basis
-        if basis is None:
-            kernels.decode_attention(
-                self.tables,
-                self.scratch,
-                self.page_format,
-                query,
-                kv_cache,
-                output,
-                scale=self.scale,
-                calibration=self.calibration,
-                text=text,
-            )
-            return
-        turned, shift = kernels.turn_query(query, basis.key.inverse, basis.key.mean)
-        codes = torch.empty_like(query, dtype=torch.float32)
-        lse = query.new_empty((self.num_heads, query.shape[0]), dtype=torch.float32)
         kernels.decode_attention(
             self.tables,
             self.scratch,
             self.page_format,
-            turned,
+            query,
             kv_cache,
-            codes,
+            output,
             scale=self.scale,
             calibration=self.calibration,
-            lse=lse,
-        )
-        kernels.merge_turned(
-            output,
-            (codes, lse),
-            shift,
-            basis.value.inverse,
-            basis.value.mean,
-            text,
-            scale=self.scale,
+            text=text,
+            basis=self.codec.basis,
         )
 
     def _prefill(

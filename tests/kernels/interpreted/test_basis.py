@@ -3,25 +3,9 @@
 import pytest
 import torch
 
-from csrc_triton import merge_turned, turn_query
+from csrc_triton.basis import merge_turned, turn_query
 from csrc_triton.merge import naive_merge
-from tests.kernels.cases import relative_error
-from vllm_calibquant.attention.basis import Basis
-from vllm_calibquant.profile import LayerProfile, PartProfile
-
-
-def make_basis(heads, head_size, generator, device="cpu"):
-    """A basis some way off the identity."""
-
-    def part():
-        turn = torch.eye(head_size) + 0.3 * torch.randn(
-            heads, head_size, head_size, generator=generator
-        ) / head_size**0.5  # fmt: skip
-        mean = torch.randn(heads, head_size, generator=generator)
-        return PartProfile(turn, mean, (1,) * head_size, torch.ones(head_size))
-
-    layer = LayerProfile(part(), part())
-    return Basis.of(layer, slice(0, heads), torch.bfloat16, device)
+from tests.kernels.cases import make_basis, on_device, relative_error
 
 
 @pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 4, 9)])
@@ -32,14 +16,14 @@ def test_turned_queries_and_outputs(head_size, group, tokens):
 def run(head_size, group, tokens, device="cpu"):
     heads = 2
     generator = torch.Generator().manual_seed(head_size)
-    basis = make_basis(heads, head_size, generator, device)
+    basis = on_device(make_basis(heads, head_size, generator), device)
 
     def numbers(*shape):
         return torch.randn(*shape, generator=generator).to(device)
 
     wide = numbers(tokens, heads * group, head_size + 8).bfloat16()  # a strided view, as of a QKV
     query = wide[..., :head_size]
-    turned, shift = turn_query(query, basis.key.inverse, basis.key.mean)
+    turned, shift = turn_query(query, basis.key)
     want, want_shift = basis.query(query)
     assert turned.dtype == query.dtype and relative_error(turned, want) < 6e-3
     assert relative_error(shift, want_shift.T) < 2e-3
@@ -49,8 +33,7 @@ def run(head_size, group, tokens, device="cpu"):
     lse[:, 0], text_lse[:, 1] = float("-inf"), float("inf")  # no visual tokens, no text
     text[1] = float("nan")
     out = torch.full_like(text, float("nan"), dtype=torch.float32)
-    merge_turned(out, (codes, lse), shift, basis.value.inverse, basis.value.mean,
-                 (text, text_lse), scale=0.1)  # fmt: skip
+    merge_turned(out, (codes, lse), shift, basis.value, (text, text_lse), scale=0.1)
     parts = [(basis.output(codes), lse + 0.1 * want_shift.T), (text, text_lse)]
     assert relative_error(out, naive_merge(parts)[0]) < 3e-3
     assert torch.equal(out[0], text[0].float())

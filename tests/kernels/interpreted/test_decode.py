@@ -9,9 +9,11 @@ from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
     BLOCK,
     Pool,
+    make_basis,
     make_format,
     make_format_on,
     make_request,
+    on_device,
     relative_error,
     stale_table,
 )
@@ -34,7 +36,7 @@ PROFILES = {
 
 
 def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3,
-        kernel="triton", device="cpu", spread=1.0):  # fmt: skip
+        kernel="triton", device="cpu", spread=1.0, in_basis=False):  # fmt: skip
     limit = fmt.page.slots
     plans = [
         [p if isinstance(p, int) else (min(p[0], limit), min(p[1], limit - 1),
@@ -60,10 +62,14 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     hq = heads * group
     query = (torch.randn(b, hq, d, generator=pool.generator) * spread).to(fmt.page.dtype)
     scale = d**-0.5
+    basis = make_basis(heads, d, pool.generator, fmt.page.dtype) if in_basis else None
+    coded, shift = basis.query(query) if basis else (query, query.new_zeros(b, hq))
     want, want_lse, text_out, text_lse = [], [], [], []
     for i, ids in enumerate(requests):
-        visual = naive_visual_attention(query[i : i + 1], *pool.tokens(ids, lens[i], visual=True),
+        visual = naive_visual_attention(coded[i : i + 1], *pool.tokens(ids, lens[i], visual=True),
                                         scale, calibration)  # fmt: skip
+        if basis:
+            visual = basis.output(visual[0]), visual[1] + scale * shift[i][:, None]
         text = naive_visual_attention(query[i : i + 1], *pool.tokens(ids, lens[i], visual=False),
                                       scale)  # fmt: skip
         out, lse = naive_merge([visual, text] if with_text else [visual])
@@ -82,7 +88,8 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
                 torch.cat(text_lse, 1).float().to(device))  # fmt: skip
     decode_attention(tables, scratch, make_format_on(fmt, device), query.to(device),
                      pool.cache.to(device), out, scale=scale,
-                     calibration=calibration, text=text, lse=lse, kernel=kernel)  # fmt: skip
+                     calibration=calibration, text=text, lse=lse, kernel=kernel,
+                     basis=on_device(basis, device) if basis else None)  # fmt: skip
     want, want_lse = torch.cat(want), torch.cat(want_lse, 1)
     assert relative_error(out, want) < 1e-2
     finite = want_lse.isfinite()
@@ -108,6 +115,12 @@ def test_widths(bits):
     run(make_format(64, bits), group=3, calibration=(0.0, 3.0), plans=PLANS[:3])
 
 
+@pytest.mark.parametrize("with_text", [True, False])
+def test_in_a_basis(with_text):
+    bits = ((3, 2, 1, 0) * 16, (2, 1, 1, 0) * 16)
+    run(make_format(64, bits), group=3, calibration=(0.0, 3.0), with_text=with_text, in_basis=True)
+
+
 def test_float16():
     run(make_format(128, 1, torch.float16), group=4, plans=PLANS[:2])
 
@@ -131,7 +144,7 @@ def test_refuses_wide_groups():
         run(make_format(64), group=17, heads=1, plans=PLANS[:1])
 
 
-def run_graph(fmt, *, group, heads):
+def run_graph(fmt, *, group, heads, in_basis=False):
     """Capture with dummy tables (no tag anywhere), replay with real ones: equal to eager."""
     device = "cuda"
     pool = Pool(fmt, heads, 24)
@@ -151,11 +164,12 @@ def run_graph(fmt, *, group, heads):
     mapping = torch.full((b,), -1, dtype=torch.int64, device=device)
     in_table, in_lens = torch.zeros_like(table), torch.ones_like(real_lens)
     out = torch.empty_like(query)
+    basis = on_device(make_basis(heads, d, pool.generator), device) if in_basis else None
 
     def step(target, calibration):
         build_tables(tables, in_table, in_lens, starts, mapping, num_decodes=b)
         decode_attention(tables, scratch, fmt, query, cache, target, scale=d**-0.5,
-                         calibration=calibration)  # fmt: skip
+                         calibration=calibration, basis=basis)  # fmt: skip
 
     for calibration in (None, (0.0, 3.0)):
         in_table.zero_()

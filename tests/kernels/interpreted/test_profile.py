@@ -75,7 +75,6 @@ def test_store_and_attention_in_a_basis(calibration):
     used = torch.zeros(1, page.tokens, dtype=torch.bool)
     used[0, :48] = True
     pages = cache.contiguous().view(torch.uint8).view(4, HEADS, -1)[1:2]
-    turned, shift = basis.query(query)
     scale = D**-0.5
     for rows in (1, 5):  # one decode, then a prefill of five tokens behind 59 cached ones
         expected = mixed_attention(
@@ -83,26 +82,26 @@ def test_store_and_attention_in_a_basis(calibration):
             scale=scale, calibration=Calibration(*calibration) if calibration else None,
             basis=basis,
         )  # fmt: skip
-        codes = torch.empty_like(query[-rows:])
-        lse = torch.empty(HEADS * GROUP, rows)
-        step(rows, mapping[-rows:], int(rows == 1))
-        if rows == 1:
-            scratch = allocate_scratch(tables, HEADS * GROUP, D)
-            decode_attention(tables, scratch, fmt, turned[-1:], cache, codes, scale=scale,
-                             calibration=calibration, lse=lse, kernel="triton")  # fmt: skip
-        else:
-            prefill_attention(tables, fmt, turned[-rows:], cache,
-                              torch.tensor([0, rows], dtype=torch.int32), codes, lse,
-                              first_request=0, num_requests=1, max_query_len=rows, scale=scale,
-                              calibration=calibration)  # fmt: skip
         ends = range(n - rows + 1, n + 1)
-        text = [
+        parts = [
             naive_visual_attention(q[None], key[48:end], value[48:end], scale)
             for q, end in zip(query[-rows:], ends, strict=True)
         ]
-        text_out = torch.cat([x for x, _ in text]).bfloat16()
-        text_lse = torch.cat([x for _, x in text], 1).float()
-        out = torch.empty_like(codes)
-        seen_lse = lse + scale * shift[-rows:].T
-        merge_parts(out, [(text_out, text_lse), (basis.output(codes), seen_lse)])
+        text = torch.cat([x for x, _ in parts]).bfloat16(), torch.cat([x for _, x in parts], 1)
+        text = text[0], text[1].float()
+        out = torch.empty_like(query[-rows:])
+        step(rows, mapping[-rows:], int(rows == 1))
+        if rows == 1:
+            scratch = allocate_scratch(tables, HEADS * GROUP, D)
+            decode_attention(tables, scratch, fmt, query[-1:], cache, out, scale=scale,
+                             calibration=calibration, text=text, basis=basis,
+                             kernel="triton")  # fmt: skip
+        else:
+            turned, shift = basis.query(query[-rows:])
+            codes, lse = torch.empty_like(out), torch.empty(HEADS * GROUP, rows)
+            prefill_attention(tables, fmt, turned, cache,
+                              torch.tensor([0, rows], dtype=torch.int32), codes, lse,
+                              first_request=0, num_requests=1, max_query_len=rows, scale=scale,
+                              calibration=calibration)  # fmt: skip
+            merge_parts(out, [text, (basis.output(codes), lse + scale * shift.T)])
         assert relative_error(out, expected) < 1e-2

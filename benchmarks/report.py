@@ -141,15 +141,12 @@ VIDEO_COLUMNS = {
     for label, name in (("first token, ms", "first_token_ms"), ("step, ms", "step_ms_median"))
 }
 END_TO_END_COLUMNS = {
-    label: figure("end-to-end", name, budget_gb=5, outputs=1024)
-    for label, name in (
-        ("requests", "requests"),
-        ("tokens/s", "output_tokens_per_s"),
-        ("first token, ms", "first_token_ms_median"),
-        ("first token, p99", "first_token_ms_p99"),
-        ("between tokens, ms", "inter_token_ms_median"),
-        ("between tokens, p99", "inter_token_ms_p99"),
-    )
+    "requests": "requests",
+    "tokens/s": "output_tokens_per_s",
+    "first token, ms": "first_token_ms_median",
+    "first token, p99": "first_token_ms_p99",
+    "between tokens, ms": "inter_token_ms_median",
+    "between tokens, p99": "inter_token_ms_p99",
 }
 BUDGETS = (2, 5, 10, 20)
 CHAT_COLUMNS = {
@@ -226,6 +223,24 @@ def budgets_region(runs: list[Run]) -> list[str]:
     return lines[:-1] or ["Not measured yet."]
 
 
+def end_to_end_region(runs: list[Run]) -> list[str]:
+    """Rates and latencies of every KV cache dtype at each KV budget, all prompts computed."""
+    lines: list[str] = []
+    for run in runs:
+        for model, title in MODELS.items():
+            rows = []
+            for budget in BUDGETS:
+                for dtype in sorted(run.dtypes(model), key=list(LABELS).index):
+                    cell = run.find("end-to-end", dtype, model, budget_gb=budget, outputs=1024)
+                    if cell:
+                        values = [cell.get(name) for name in END_TO_END_COLUMNS.values()]
+                        rows.append([f"{budget} GB, {LABELS[dtype]}", *map(number, values)])
+            if rows:
+                where_run = f"{title}, {run.device}{how_compiled(run)}"
+                lines += [*table([where_run, *END_TO_END_COLUMNS], rows), ""]
+    return lines[:-1] or ["Not measured yet."]
+
+
 def _decoding(run: Run, dtype: str, model: str, budget: float) -> dict[str, Any] | None:
     """A cell of decoding: the first budget of a run is another scenario's."""
     for scenario in ("decode", "resident"):
@@ -288,7 +303,7 @@ REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "serving goals": lambda folder: goals_region(load_runs(folder)),
     "serving budgets": lambda folder: budgets_region(load_runs(folder)),
     "serving long contexts": lambda folder: dtypes_region(load_runs(folder), LONG_COLUMNS),
-    "serving end to end": lambda folder: dtypes_region(load_runs(folder), END_TO_END_COLUMNS),
+    "serving end to end": lambda folder: end_to_end_region(load_runs(folder)),
     "serving without harm": lambda folder: dtypes_region(load_runs(folder), NO_HARM),
     "serving chats": lambda folder: dtypes_region(load_runs(folder), CHAT_COLUMNS),
     "serving over HTTP": lambda folder: dtypes_region(load_runs(folder), HTTP_COLUMNS),

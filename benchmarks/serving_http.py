@@ -47,7 +47,7 @@ class Load(NamedTuple):
     requests: int = 256
     prompt: int = 512
     outputs: int = 128
-    image_requests: int = 8
+    image_requests: int = 32
     tiles: tuple[int, int] = (4, 3)
     images: int = 16
     questions: int = 4

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -325,7 +326,7 @@ def test_search_keeps_what_helps(designer: Designer) -> None:
 
     def score(choice: Choice) -> Score:
         tried.append(choice)
-        kl = 1.0 - 0.3 * (choice.damping == 1.0) - 0.2 * (choice.tau_max == 0.5)
+        kl = 1.0 - 0.3 * (choice.damping == 0.9) - 0.2 * (choice.tau_max == 0.5)
         kl -= 0.1 * any(layer == 2 for layer, _ in choice.splits)
         kl -= 0.001 * choice.centred  # noise
         kl -= 0.05 * (choice.tau_max == 0.25) + 0.05 * (choice.tau_min == 0.5)
@@ -333,11 +334,11 @@ def test_search_keeps_what_helps(designer: Designer) -> None:
 
     choice, reached, steps = search(designer, score, 99)
     second = designer.ranking(2, choice)[1]
-    assert choice == replace(Choice(), damping=1.0, tau_min=0.5, tau_max=0.5, splits=((2, second),))
+    assert choice == replace(Choice(), damping=0.9, tau_min=0.5, tau_max=0.5, splits=((2, second),))
     assert reached.kl == pytest.approx(0.35)
     names = [
         "closed form",
-        "damping 1.0",
+        "damping 0.9",
         "tau_max 0.5",  # 0.25 is not worth the pass that calibration takes, tau_min then is
         "tau_min 0.5",
         f"layer 2 with {second[0]} + {second[1]} planes",
@@ -349,8 +350,29 @@ def test_search_keeps_what_helps(designer: Designer) -> None:
         lambda: search(designer, score, 99, lambda: len(tried) < 3),
     ):
         tried.clear()
-        assert few()[0].damping == 1.0
+        assert few()[0].damping == 0.9
         assert len(tried) == 3
+
+
+def test_search_goes_on_until_no_neighbour_is_better(designer: Designer) -> None:
+    best = replace(
+        Choice(), damping=2.7, key_factors=(1.0, 0.739, 1.0, 1.0), value_factors=(0.5, 0.85, 1, 1)
+    )
+
+    def score(choice: Choice) -> Score:
+        pairs = [(choice.damping, best.damping)]
+        pairs += zip(choice.key_factors, best.key_factors, strict=True)
+        pairs += zip(choice.value_factors, best.value_factors, strict=True)
+        kl = sum(math.log(x / y) ** 2 for x, y in pairs)
+        # This helps only where all else is right.
+        return Score(0.1 + kl - 0.05 * (kl == 0 and choice.max_bits == 3), 1.0, 1.0)
+
+    choice, reached, steps = search(designer, score, 999)
+    assert choice == replace(best, max_bits=3)
+    assert reached.kl == pytest.approx(0.05)
+    names = [step for step, _ in steps]
+    assert names[-1] == "max_bits 3"
+    assert [n for n in names if n.startswith("damping")] == ["damping 0.9", "damping 2.7"]
 
 
 def test_a_search_goes_on(tmp_path: Path) -> None:

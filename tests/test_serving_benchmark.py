@@ -384,8 +384,9 @@ def made_up(folder: Path, date: str, device: str = "GPU", **requests: int) -> No
             cells.append({**base, "scenario": name, **point, "decode_tokens_per_s": speed})
         video = {"visual_tokens": 66560, "first_token_ms": [200.0 * number]}
         cells.append({**base, "scenario": "video", **video, "step_ms_median": None})
-        end = {"outputs": 1024, "first_token_ms_p99": 300 + number}
-        cells.append({**base, "scenario": "end-to-end", **end})
+        for budget in (5, 2):
+            end = {"budget_gb": budget, "outputs": 1024, "first_token_ms_p99": 60 * budget + number}
+            cells.append({**base, "scenario": "end-to-end", **end})
         for share in (0, 50, 100):
             speed = 1000 - 2 * share if dtype == "fp8" else 700 + 10 * share
             point = {"visual_share": share, "requests": 10, "decode_tokens_per_s": speed}
@@ -482,7 +483,8 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
         "| **`calibquant1`** | 850 (85) | 1,700 (85) | - | - |",
         "| `calibquant1` against `fp8` | 4.2x | 4.2x | - | - |",
         "| `fp8` | - | - | 4,000 | - | - | - |",
-        "| `fp8` | - | - | - | 320 | - | - |",
+        "| 5 GB, `fp8` | - | - | - | 320 | - | - |",
+        "| 2 GB, **`calibquant1`** | - | - | - | 205 | - | - |",
     ):
         assert line in text.splitlines(), line
     assert text.startswith("before\n") and text.endswith("\nafter")

@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--trials",
         type=int,
-        default=48,
+        default=64,
         help="profiles to try at most, besides those with layers at 16 bits",
     )
     add("--seconds", type=float, help="try no further profile when the command has run so long")

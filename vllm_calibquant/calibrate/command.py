@@ -26,7 +26,6 @@ from vllm_calibquant.calibrate.search import (
     Choice,
     Designer,
     leave_layers,
-    most_trials,
     pinned,
     plain_profile,
     search,
@@ -50,7 +49,7 @@ class Task:
     held_out: int = 90
     seed: int = 1
     max_tokens: int = 32
-    trials: int = 48
+    trials: int = 64
     seconds: float | None = None
     against: Path | None = None
     llm: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +137,7 @@ class Judge:
                 return known[choice.key]
 
             yield score
+            bar.total = bar.n  # a search may end before
 
     def of(self, profile: Profile, probe: Probe) -> Score:
         """That of a profile."""
@@ -184,7 +184,7 @@ def calibrate(task: Task) -> str:
             references, held_moments = _references(probe, held, bar)
             _, moments = _references(probe, rest, bar)
         judge = Judge(Designer(model, budget, moments), held, references, state)
-        total = min(task.trials, most_trials(judge.designer)) + 1 + len(moments)
+        total = 1 + task.trials + len(moments)  # at most
         with judge.scores(probe, "search", total) as score:
             choice, reached, steps = search(judge.designer, score, task.trials, in_time)
             before = None if older is None else judge.of(older, probe)

@@ -2,9 +2,10 @@
 
 Everything but a handful of numbers follows from the moments in closed form.  These numbers are a
 :class:`Choice`, and coordinate descent finds them: each step tries the neighbours of one, and keeps
-one that lowers the divergence of next-token distributions.  Moments fit the prompts that they
-come from very well, so divergence is judged on prompts held out from them.  Where the byte budget
-has room for layers at 16 bits, beside fewer bits for the others, that is tried too.
+one that lowers the divergence of next-token distributions, until no neighbour does.  Moments fit
+the prompts that they come from very well, so divergence is judged on prompts held out from them.
+Where the byte budget has room for layers at 16 bits, beside fewer bits for the others, that is
+tried too.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Choice:
     max_bits: int = MAX_BITS
     centred: bool = False
     """Whether the mean over calibration prompts is taken off before coding."""
-    factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
-    """Range factors of components with 1, 2, 3 and 4 bits."""
+    key_factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
+    """Range factors of components of K with 1, 2, 3 and 4 bits."""
+    value_factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
     tau_min: float = 0.0
     tau_max: float = 0.0
     """With ``tau_min``, how far calibration moves the ends of visual scores down."""
@@ -69,16 +71,23 @@ class Choice:
         return (self.tau_min, self.tau_max) if self.tau_min or self.tau_max else None
 
 
-STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("damping", (0.1, 1.0)),
-    ("error", (0.28, 0.4)),
-    ("max_bits", (3,)),
-    ("centred", (True,)),
-    ("factors", ((0.5, 0.85, 1.0, 1.0), (0.7, 0.85, 1.0, 1.0))),
-    ("factors", ((0.6, 0.75, 1.0, 1.0), (0.6, 0.95, 1.0, 1.0))),
-    ("tau_max", (0.25, 0.5, 1.0)),
-    ("tau_min", (0.5, 1.0)),
+RATIOS: tuple[tuple[str, int | None, float], ...] = (
+    ("damping", None, 3.0),
+    ("error", None, 1.2),
+    ("key_factors", 0, 1.2),
+    ("value_factors", 0, 1.2),
+    ("key_factors", 1, 1.15),
+    ("value_factors", 1, 1.15),
 )
+"""Numbers, or one of several, that the search takes so many times smaller and larger."""
+
+VALUES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("max_bits", (3, 4)),
+    ("centred", (False, True)),
+    ("tau_max", (0.0, 0.25, 0.5, 1.0)),
+    ("tau_min", (0.0, 0.5, 1.0)),
+)
+"""What else it tries."""
 
 
 @dataclass(frozen=True)
@@ -185,17 +194,20 @@ class Designer:
 
     def profile(self, choice: Choice, notes: Mapping[str, Any] | None = None) -> Profile:
         """The profile of a choice."""
-        moved = dict(choice.splits)
         layers = {}
         for i in self.moments:
             if i in (*choice.exact, *choice.beyond):
                 continue
-            split = moved.get(i) or self.ranking(i, choice)[0]
-            parts = (
-                self._part(i, n, p, choice) for n, p in zip(("key", "value"), split, strict=True)
+            split = self.split(i, choice)
+            layers[i] = LayerProfile(
+                self._part(i, "key", split[0], choice, choice.key_factors),
+                self._part(i, "value", split[1], choice, choice.value_factors),
             )
-            layers[i] = LayerProfile(*parts)
         return Profile(self.model, layers, choice.calibration, notes or {})
+
+    def split(self, layer: int, choice: Choice) -> Split:
+        """Planes of a layer in codes."""
+        return dict(choice.splits).get(layer) or self.ranking(layer, choice)[0]
 
     def ranking(self, layer: int, choice: Choice) -> list[Split]:
         """Splits of a layer by the damage that the moments predict, least first."""
@@ -221,7 +233,9 @@ class Designer:
             self._bases[key] = torch.stack(bases), torch.stack(worth).sum(0)
         return self._bases[key]
 
-    def _part(self, layer: int, name: str, planes: int, choice: Choice) -> PartProfile:
+    def _part(
+        self, layer: int, name: str, planes: int, choice: Choice, factors: tuple[float, ...]
+    ) -> PartProfile:
         bases, worth = self._basis(layer, name, choice)
         bits, _ = _place_pairs(worth, planes, choice)
         mean = self.moments[layer].part(name)[2].float()
@@ -229,7 +243,7 @@ class Designer:
             bases.float(),
             mean if choice.centred else torch.zeros_like(mean),
             bits,
-            torch.tensor([choice.factors[b - 1] if b else 1.0 for b in bits]),
+            torch.tensor([factors[b - 1] if b else 1.0 for b in bits]),
         )
 
 
@@ -241,23 +255,45 @@ def _place_pairs(worth: torch.Tensor, planes: int, choice: Choice) -> tuple[tupl
 
 
 def moves(designer: Designer) -> Iterator[Callable[[Choice], list[Choice]]]:
-    """The steps of the search: each makes alternatives to what is best so far."""
-    for name, values in STEPS:
+    """The steps of a pass of the search: each makes neighbours of what is best so far."""
+
+    def possible(choices: list[Choice]) -> list[Choice]:
+        return [c for c in choices if all(designer.ranking(i, c) for i in designer.moments)]
+
+    for name, index, ratio in RATIOS:
+
+        def scale(
+            best: Choice, name: str = name, index: int | None = index, ratio: float = ratio
+        ) -> list[Choice]:
+            return possible([_scaled(best, name, index, times) for times in (1 / ratio, ratio)])
+
+        yield scale
+    for name, values in VALUES:
 
         def change(
             best: Choice, name: str = name, values: tuple[Any, ...] = values
         ) -> list[Choice]:
-            new = [replace(best, **{name: v}) for v in values if v != getattr(best, name)]
-            return [c for c in new if all(designer.ranking(i, c) for i in designer.moments)]
+            return possible([replace(best, **{name: value}) for value in values])
 
         yield change
     for layer in designer.moments:
 
         def move(best: Choice, layer: int = layer) -> list[Choice]:
-            second = designer.ranking(layer, best)[1:2]
-            return [replace(best, splits=(*best.splits, (layer, s))) for s in second]
+            here = designer.split(layer, best)
+            others = tuple((i, s) for i, s in best.splits if i != layer)
+            nearest = [s for s in designer.ranking(layer, best)[:2] if s != here]
+            return [replace(best, splits=(*others, (layer, s))) for s in nearest[:1]]
 
         yield move
+
+
+def _scaled(choice: Choice, name: str, index: int | None, times: float) -> Choice:
+    """A choice with so many times a number, to three digits; range factors are at most 1."""
+    old = getattr(choice, name)
+    new: Any = float(f"{(old if index is None else old[index]) * times:.3g}")
+    if index is not None:
+        new = (*old[:index], min(new, 1.0), *old[index + 1 :])
+    return replace(choice, **{name: new})
 
 
 def search(
@@ -266,7 +302,7 @@ def search(
     limit: int,
     in_time: Callable[[], bool] = lambda: True,
 ) -> tuple[Choice, Score, list[tuple[str, float]]]:
-    """Coordinate descent.
+    """Coordinate descent, until a pass over all steps keeps none.
 
     Parameters
     ----------
@@ -289,17 +325,23 @@ def search(
     best = Choice()
     reached = score(best)
     steps = [("closed form", reached.kl)]
-    for move in moves(designer):
-        for option in move(best):
-            if limit <= 0 or not in_time():
-                return best, reached, steps
-            limit -= 1
-            found = score(option)
-            turned_on = option.calibration and not best.calibration
-            share = CALIBRATION_WORTHWHILE if turned_on else WORTHWHILE
-            if found.kl < share * reached.kl:
-                steps.append((_difference(best, option), found.kl))
-                best, reached = option, found
+    tried = {best}
+    kept = True
+    while kept:
+        kept = False
+        for move in moves(designer):
+            for option in move(best):
+                if option in tried:
+                    continue
+                if len(tried) > limit or not in_time():
+                    return best, reached, steps
+                tried.add(option)
+                found = score(option)
+                turned_on = option.calibration and not best.calibration
+                share = CALIBRATION_WORTHWHILE if turned_on else WORTHWHILE
+                if found.kl < share * reached.kl:
+                    steps.append((_difference(best, option), found.kl))
+                    best, reached, kept = option, found, True
     return best, reached, steps
 
 
@@ -355,13 +397,6 @@ def _difference(one: Choice, other: Choice) -> str:
     return f"{name} {value}"
 
 
-def most_trials(designer: Designer) -> int:
-    """Choices that a search has at most to try, after the first."""
-    return sum(len(values) for _, values in STEPS) + len(designer.moments)
-
-
 def pinned(choice: Choice, designer: Designer) -> Choice:
     """A choice with the splits that it has here, whatever other moments would predict."""
-    moved = dict(choice.splits)
-    here = ((i, moved.get(i) or designer.ranking(i, choice)[0]) for i in designer.moments)
-    return replace(choice, splits=tuple(here))
+    return replace(choice, splits=tuple((i, designer.split(i, choice)) for i in designer.moments))

@@ -263,6 +263,7 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
         "arguments": [
             *(serving_http.DRY_ARGUMENTS if args.dry_run else serving_http.ARGUMENTS),
             *serving_http.ONE_IMAGE,
+            *serving_http.as_options(args.settings),
         ],
         "dry_run": args.dry_run,
         "limit_s": args.engine_limit,

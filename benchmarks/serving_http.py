@@ -97,6 +97,16 @@ WHICH = ("start", "seed")
 """Numbers of a repeat that say which one it is."""
 
 
+def as_options(settings: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as options of ``vllm serve``; of several the last one counts."""
+    given: list[str] = []
+    for name, value in settings.items():
+        given.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            given.append(value if isinstance(value, str) else json.dumps(value))
+    return given
+
+
 class CutOff(TimeoutError):
     """All that was asked takes too long; other than a request to a server that does not answer."""
 

@@ -226,6 +226,12 @@ def test_two_servers_are_asked_the_same_in_turns(tmp_path: Path):
         assert [repeat["output_tokens_per_s"] for repeat in repeats] == [*own]
 
 
+def test_settings_reach_servers_too():
+    settings = {"max_model_len": 4096, "dtype": "half", "enforce_eager": True, "hf_overrides": {}}
+    options = ["--max-model-len", "4096", "--dtype", "half", "--enforce-eager"]
+    assert serving_http.as_options(settings) == [*options, "--hf-overrides", "{}"]
+
+
 def test_servers_are_paired_with_the_first_dtype():
     def dtypes(names: list[str]) -> list[list[str]]:
         return [job["dtypes"] for job in serving.jobs(options(dtypes=names, scenarios=["http"]))]

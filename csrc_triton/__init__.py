@@ -7,7 +7,8 @@ The steps of a layer, in order (all shapes fixed, nothing synchronises with the 
 3. decode: stock FlashAttention over ``text_block_table`` and ``text_lens`` gives output and
    log-sum-exp of the text part, :func:`decode_attention` adds the visual pages and merges;
 4. prefill: FlashAttention over the step's own K and V and over the cached text blocks
-   (``context_text_lens``), :func:`prefill_attention` over the visual pages, :func:`merge_parts`.
+   (``context_text_lens``), :func:`prefill_attention` over the visual pages, :func:`merge_parts`;
+   if nothing but text is cached, :func:`join_context` and a single call of FlashAttention.
 
 Each file holds one kernel, and beside it the plain-PyTorch twin that it is tested against
 (``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
@@ -20,6 +21,8 @@ from .decode import (
     decode_attention,
     gluon_serves,
 )
+from .join import MAX_REQUESTS as MAX_JOINED
+from .join import join_context
 from .merge import merge_parts
 from .metadata import StepTables, allocate_tables, build_tables
 from .prefill import prefill_attention
@@ -27,6 +30,7 @@ from .store import store
 from .tables import DeviceFormat, cache_words
 
 __all__ = [
+    "MAX_JOINED",
     "MAX_VALUE_PLANES",
     "DecodeScratch",
     "DeviceFormat",
@@ -37,6 +41,7 @@ __all__ = [
     "cache_words",
     "decode_attention",
     "gluon_serves",
+    "join_context",
     "merge_parts",
     "prefill_attention",
     "store",

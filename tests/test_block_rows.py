@@ -17,6 +17,19 @@ def test_rows_with_visual_blocks():
     assert not rows.any_visual([])
 
 
+def test_where_the_first_visual_block_of_a_row_begins():
+    rows = BlockRows()
+    rows.append(3, ([1, 2],), overwrite=True)
+    assert rows.visual_begin(3) == 0
+    rows.append(3, ([4, tag(5, 0), tag(5, 1), 2],), overwrite=False)
+    rows.append(3, ([tag(6, 0), tag(6, 1)],), overwrite=False)
+    assert rows.visual_begin(3) == 3
+    rows.append(3, ([1] * 8, [1, tag(3, 0), 4]), overwrite=True)  # groups count on their own
+    assert rows.visual_begin(3) == 1
+    rows.append(3, ([tag(5, 0)],), overwrite=True)
+    assert rows.visual_begin(3) == 0
+
+
 def test_where_the_last_visual_block_of_a_row_ends():
     rows = BlockRows()
     rows.append(3, ([1, tag(5, 0), tag(5, 1), 2],), overwrite=True)

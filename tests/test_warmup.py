@@ -38,8 +38,9 @@ def keys(monkeypatch) -> set[tuple[str, str]]:
 def cuda(monkeypatch):
     """The CUDA backend, on tensors of the CPU."""
 
-    def attend(q, return_softmax_lse, **_):
-        return torch.zeros(q.shape, dtype=q.dtype), torch.zeros(q.shape[1], q.shape[0])
+    def attend(q, return_softmax_lse=False, **_):
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        return (out, torch.zeros(q.shape[1], q.shape[0])) if return_softmax_lse else out
 
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", attend, raising=False)
     module = importlib.import_module("vllm_calibquant.attention.cuda")
@@ -135,11 +136,10 @@ class Server:
             3, impl.num_kv_heads, 16, 2 * impl.head_size, dtype=torch.bfloat16
         )
 
-    def step(self, new: list[int], context: list[int], visual: list[int], *, fused: bool) -> None:
+    def step(self, new: list[int], context: list[int], visual: list[range], *, fused: bool) -> None:
         """Some requests' new tokens beside their cached ones.
 
-        The last visual token of a request is its number ``visual``.  Q, K and V are one tensor if
-        ``fused``.
+        The visual tokens of a request are in ``visual``.  Q, K and V are one tensor if ``fused``.
         """
         n, tokens, impl = len(new), sum(new), self.layer.impl
         starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -162,7 +162,7 @@ class Server:
         query, key, value = torch.empty(shape, dtype=torch.bfloat16).split(heads, dim=1)
         if not fused:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        codes = any(end > cached for end, cached in zip(visual, context, strict=True))
+        codes = any(v.stop > cached for v, cached in zip(visual, context, strict=True))
         metadata = self.builder._build(common, False, True, visual, codes)
         output = torch.empty(query.shape, dtype=torch.bfloat16)
         impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output)
@@ -219,9 +219,14 @@ def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
         server = Server(builder, layer, width)
         for new, context in ragged_steps(draw):
             codes = draw.random() < 0.5  # in some request, a new one
-            visual = [
+            ends = [
                 draw.choice((0, old, old + n if codes and n > 1 else old))
                 for n, old in zip(new, context, strict=True)
+            ]
+            cached = draw.random() < 0.5  # in some request, a visual one
+            visual = [
+                range(0 if cached else min(old, end), end)
+                for old, end in zip(context, ends, strict=True)
             ]
             server.step(new, context, visual, fused=draw.random() < 0.5)
             assert keys == warm, (new, [name for name, _ in keys - warm])
@@ -231,6 +236,7 @@ def test_nothing_compiles_after_the_start(case: str, cuda, keys, monkeypatch):
         "_store_kernel",
         "_merge_splits_kernel",
         "_merge_parts_kernel",
+        "_join_kernel",
     } < names
     assert names & {"_prefill_kernel", "_attend_kernel"}
 

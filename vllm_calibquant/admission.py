@@ -63,6 +63,8 @@ class FrontEndLimit:
             return
         # With data parallelism this is the sum over all engines; then the engine itself refuses.
         pages = self.cache.num_gpu_blocks - 1
+        if len(tokens) < pages * self.spec.block_size:
+            return  # would fit as text
         placeholders = engine_input.get("mm_placeholders") or {}
         spans = visual_spans(
             sorted(

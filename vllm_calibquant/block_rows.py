@@ -12,6 +12,7 @@ class BlockRows:
 
     def __init__(self) -> None:
         self._lengths: dict[int, list[int]] = {}
+        self._visual_begins: dict[int, int] = {}
         self._visual_ends: dict[int, int] = {}
         self._recycled: set[int] = set()
         self._code_pages: set[int] = set()
@@ -20,6 +21,7 @@ class BlockRows:
         """Note that a row gets more tagged block ids, of each KV cache group, or a new request."""
         if overwrite:
             self._lengths.pop(row, None)
+            self._visual_begins.pop(row, None)
             self._visual_ends.pop(row, None)
             self._recycled.discard(row)
         lengths = self._lengths.setdefault(row, [])
@@ -28,8 +30,12 @@ class BlockRows:
                 lengths.append(0)
             if not ids:
                 continue
+            before = lengths[group]
             lengths[group] += len(ids)
             if is_visual(max(ids)):
+                if row not in self._visual_begins:
+                    text = next(i for i, block in enumerate(ids) if is_visual(block))
+                    self._visual_begins[row] = before + text
                 after = next(i for i, block in enumerate(reversed(ids)) if is_visual(block))
                 self._visual_ends[row] = max(self.visual_end(row), lengths[group] - after)
                 self._code_pages.update(page_of(i) for i in ids if is_visual(i))
@@ -40,6 +46,10 @@ class BlockRows:
     def any_visual(self, rows: Sequence[int]) -> bool:
         """Whether a request in one of these rows has a visual block."""
         return bool(self._visual_ends) and not self._visual_ends.keys().isdisjoint(rows)
+
+    def visual_begin(self, row: int) -> int:
+        """Blocks of the request in a row before its first visual one; 0 if it has none."""
+        return self._visual_begins.get(row, 0)
 
     def visual_end(self, row: int) -> int:
         """Blocks of the request in a row up to its last visual one; 0 if it has none."""

@@ -197,16 +197,21 @@ def test_every_layer_agrees_with_the_reference(name, dtype, tmp_path: Path, monk
         similar = watch_layers(monkeypatch)  # not before: the start serves steps of nothing
         if name == "tinyvlm":
             prompts = [engine.prompt(q.question, q.image) for q in examples("test", 8, 2)]
+            others = prompts[:1]
         else:
-            prompts = [
-                {
+
+            def behind(text: str, image: int) -> dict[str, Any]:
+                return {
                     "prompt": f"{text} {image_placeholder(name)} and then?",
-                    "multi_modal_data": {"image": noise_image(name, i)},
+                    "multi_modal_data": {"image": noise_image(name, image)},
                 }
-                for i, text in enumerate(("one", "another " * 30))
-            ]
+
+            texts = ("one", "another " * 30)
+            prompts = [behind(text, i) for i, text in enumerate(texts)]
+            others = [behind(texts[1], i) for i in (2, 3)]
         engine.ask(*prompts, max_tokens=6)  # cold, and 3328 tokens are cut into chunks
         engine.ask(*prompts, max_tokens=6)  # from the prefix cache
+        engine.ask(*others, max_tokens=6)  # other images behind cached text
         layers = len(engine.caches)
     assert len(similar) == layers
     worst = {layer: min(values) for layer, values in similar.items()}

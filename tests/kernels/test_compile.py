@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import attention, basis, decode, merge, metadata, prefill
+from csrc_triton import attention, basis, decode, join, merge, metadata, prefill
 from csrc_triton.store import (
     PROFILE_REGISTERS,
     STORE_REGISTERS,
@@ -37,7 +37,7 @@ POINTERS = {
     "p_key_mix": "fp32", "p_value_mix": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
     "p_scratch": "u8", "p_inverse": "fp32", "p_mean": "fp32", "p_turned": "bf16", "p_shift": "fp32",
-    "p_codes": "fp32",
+    "p_codes": "fp32", "p_keys": "bf16", "p_values": "bf16",
 }  # fmt: skip
 FLOATS = {"scale", "tau_min", "tau_max", "alpha"}
 
@@ -169,6 +169,12 @@ def test_merge():
     compile_kernel(basis._turn_query_kernel, turned | {"PDL": False}, 80, num_warps=2)
     turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
+
+
+def test_join():
+    constants = {"HEADS": 4, "D": 80, "BD": 128, "BR": join.ROWS, "BN": join.MAX_REQUESTS,
+                 "BLOCK": join.BLOCK_SIZE}  # fmt: skip
+    compile_kernel(join._join_kernel, constants, 80, num_warps=4)
 
 
 def test_dependent_launches(tmp_path):

@@ -7,7 +7,13 @@ import torch
 
 from csrc_triton import DeviceFormat
 from tests.kernels.cases import counted_bits, make_format
-from tests.kernels.interpreted import test_basis, test_decode, test_prefill, test_store
+from tests.kernels.interpreted import (
+    test_basis,
+    test_decode,
+    test_join,
+    test_prefill,
+    test_store,
+)
 from vllm_calibquant.format import PageFormat
 
 pytestmark = pytest.mark.gpu
@@ -164,6 +170,12 @@ def test_prefill_profile(case, splits, kernel, calibration):
 @pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 7, 64)])
 def test_turned_queries_and_outputs(head_size, group, tokens):
     test_basis.run(head_size, group, tokens, device="cuda")
+
+
+@pytest.mark.parametrize("case", test_join.CASES)
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_join_context(case, head_size):
+    test_join.run(test_join.CASES[case], 4, head_size, device="cuda")
 
 
 @pytest.mark.parametrize("profile", [False, True])

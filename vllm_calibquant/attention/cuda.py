@@ -11,8 +11,9 @@ A step is served in one of three ways:
 * *mixed*: decodes as above, and requests with more new tokens.  Where all new tokens are text, as
   those of a question about a cached image are, one call of FlashAttention serves the text of all
   requests.  Otherwise the new tokens among themselves (from K and V in hand, so that prefill is
-  exact), the cached text and the cached visual pages are three parts.  Few decodes beside few other
-  tokens go as requests of the second kind.
+  exact), the cached text and the cached visual pages are three parts; or one, if little or nothing
+  but text is cached: it is put before the new K and V.  Few decodes beside few other tokens go as
+  requests of the second kind.
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ class MixedCUDABackend(MixedBackend, FlashAttentionBackend):
 
 
 @dataclass
+class Joined:
+    """Where keys of prefills lie once cached text is put before the new tokens."""
+
+    block_table: torch.Tensor
+    """int32 ``[num_requests, blocks]``."""
+    start_loc: torch.Tensor
+    """int32 ``[num_requests + 1]``."""
+    num_keys: int
+    """At most."""
+    max_len: int
+    """Most of one request, at most."""
+
+
+@dataclass
 class Prefills:
     """The requests of a mixed step that have more than one new token."""
 
@@ -100,6 +115,8 @@ class Prefills:
     """Whether all new tokens are text: FlashAttention serves them with the decodes."""
     has_context: bool
     """Whether there is more to see: cached visual tokens, or cached text if that is not served."""
+    joined: Joined | None
+    """What else to do about the context, if it is not much and text alone."""
 
 
 @dataclass
@@ -197,19 +214,25 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         rows = [] if requests is None else requests.tolist()
         visual = BLOCK_ROWS.any_visual(rows)
         GRAPH_KIND.text = not visual
-        ends: list[int] = []  # a step of decodes, the frequent one, has no use for them
+        spans: list[range] = []  # a step of decodes, the frequent one, has no use for them
         if visual and common_attn_metadata.max_query_len > 1:
-            ends = [BLOCK_ROWS.visual_end(row) * BLOCK_SIZE for row in rows]
-        codes = _any_new(common_attn_metadata, ends)
+            spans = [
+                range(
+                    BLOCK_ROWS.visual_begin(row) * BLOCK_SIZE,
+                    BLOCK_ROWS.visual_end(row) * BLOCK_SIZE,
+                )
+                for row in rows
+            ]
+        codes = _any_new(common_attn_metadata, spans)
         stock = not (codes or BLOCK_ROWS.any_recycled(rows))
-        return self._build(common_attn_metadata, fast_build, visual, ends, codes, stock)
+        return self._build(common_attn_metadata, fast_build, visual, spans, codes, stock)
 
     def _build(
         self,
         common: CommonAttentionMetadata,
         fast_build: bool,
         visual: bool,
-        visual_ends: list[int] | None = None,
+        spans: list[range] | None = None,
         codes: bool = True,
         stock: bool = False,
     ) -> MixedCUDAMetadata:
@@ -221,8 +244,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             As for :meth:`build`.
         visual
             Whether a page of the batch may hold codes.
-        visual_ends
-            Tokens of each request up to its last visual one; None if nobody knows.
+        spans
+            From the first to the last visual token of each request; None if nobody knows.
         codes
             Whether a new token may be visual.
         stock
@@ -263,6 +286,13 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         metadata.visual = visual
         metadata.num_decodes = num_decodes
         if num_prefills:
+            contexts = _contexts(common)
+            seen = None  # tokens of each request that are cached, or the visual ones among all
+            if spans is not None:
+                seen = [span.stop for span in spans] if only_text else contexts
+            joined = None
+            if not only_text and spans is not None:
+                joined = _join(common, num_decodes, spans, contexts)
             metadata.prefills = Prefills(
                 first_request=num_decodes,
                 num_requests=num_prefills,
@@ -272,8 +302,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 - num_decode_tokens,
                 batch_query_start_loc=common.query_start_loc,
                 only_text=only_text,
-                has_context=visual_ends is None
-                or max((visual_ends if only_text else _contexts(common))[num_decodes:]) > 0,
+                has_context=seen is None or max(seen[num_decodes:]) > 0,
+                joined=joined,
             )
         return metadata
 
@@ -459,25 +489,57 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         prefills, basis = metadata.prefills, self.codec.basis
         assert prefills is not None
         rows = prefills.tokens
+        if prefills.joined is not None or not (prefills.only_text or prefills.has_context):
+            self._one_piece(query[rows], key[rows], value[rows], kv_cache, prefills, output[rows])
+            return
         if not prefills.only_text:
             parts = self._own_and_text(query, key, value, kv_cache, metadata)
-        elif prefills.has_context and basis is None:
+        elif not prefills.has_context:
+            output[rows].copy_(text[0][rows])
+            return
+        elif basis is None:
             self._codes(query, kv_cache, prefills, output, text)
             return
         else:
             parts = [(text[0][rows], text[1][:, rows])]
-        if prefills.has_context:
-            turned, shift = (query, None) if basis is None else basis.query(query[: rows.stop])
-            codes = torch.empty_like(query[: rows.stop])
-            lse = self._codes(turned, kv_cache, prefills, codes)[:, rows]
-            codes = codes[rows]
-            if basis is not None and shift is not None:
-                codes, lse = basis.output(codes), lse + self.scale * shift.T[:, rows]
-            parts.append((codes, lse))
-        if len(parts) == 1:
-            output[rows].copy_(parts[0][0])
-        else:
-            kernels.merge_parts(output[rows], parts)
+        turned, shift = (query, None) if basis is None else basis.query(query[: rows.stop])
+        codes = torch.empty_like(query[: rows.stop])
+        lse = self._codes(turned, kv_cache, prefills, codes)[:, rows]
+        codes = codes[rows]
+        if basis is not None and shift is not None:
+            codes, lse = basis.output(codes), lse + self.scale * shift.T[:, rows]
+        kernels.merge_parts(output[rows], [*parts, (codes, lse)])
+
+    def _one_piece(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        prefills: Prefills,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention over the step's own tokens and over cached text, which are in one piece."""
+        starts, max_len = prefills.query_start_loc, prefills.max_query_len
+        if prefills.joined is not None:
+            joined = prefills.joined
+            key, value = kernels.join_context(
+                key, value, kv_cache, joined.block_table, starts, joined.start_loc, joined.num_keys
+            )
+            starts, max_len = joined.start_loc, joined.max_len
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=prefills.query_start_loc,
+            max_seqlen_q=prefills.max_query_len,
+            cu_seqlens_k=starts,
+            max_seqlen_k=max_len,
+            softmax_scale=self.scale,
+            causal=True,
+            fa_version=self.vllm_flash_attn_version,
+        )
 
     def _own_and_text(
         self,
@@ -487,7 +549,10 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         kv_cache: torch.Tensor,
         metadata: MixedCUDAMetadata,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Attention over the step's own tokens, which may be visual, and over cached text."""
+        """Attention over the step's own tokens, which may be visual, and over cached text.
+
+        For contexts with visual tokens, or of much text.
+        """
         prefills = metadata.prefills
         assert prefills is not None
         rows = prefills.tokens
@@ -507,8 +572,6 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             causal=True,
             **common,
         )
-        if not prefills.has_context:
-            return [own]
         requests = slice(prefills.first_request, prefills.first_request + prefills.num_requests)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         cached = flash_attn_varlen_func(
@@ -562,11 +625,37 @@ def _contexts(common: CommonAttentionMetadata) -> list[int]:
     return [total - n for total, n in zip(totals, new, strict=True)]
 
 
-def _any_new(common: CommonAttentionMetadata, visual_ends: list[int]) -> bool:
+def _any_new(common: CommonAttentionMetadata, spans: list[range]) -> bool:
     """Whether a request has a visual token that is not cached yet."""
     # The batch may be padded with more requests.
-    pairs = zip(visual_ends, _contexts(common), strict=False) if visual_ends else ()
-    return any(end > cached for end, cached in pairs)
+    pairs = zip(spans, _contexts(common), strict=False) if spans else ()
+    return any(span.stop > cached for span, cached in pairs)
+
+
+def _join(
+    common: CommonAttentionMetadata, first: int, spans: list[range], contexts: list[int]
+) -> Joined | None:
+    """How to join what requests from the first one on have cached, if that is all text."""
+    cached, num_requests = contexts[first:], common.num_reqs - first
+    begin, *ends = common.query_start_loc_cpu[first : common.num_reqs + 1].tolist()
+    codes = any(s.start < min(s.stop, c) for s, c in zip(spans[first:], cached, strict=False))
+    if (
+        codes
+        or len(spans) < common.num_reqs
+        or num_requests > kernels.MAX_JOINED
+        or not 0 < sum(cached) <= ends[-1] - begin
+    ):
+        return None
+    lengths = common.seq_lens[first : common.num_reqs]
+    starts = lengths.new_zeros(num_requests + 1)
+    torch.cumsum(lengths, 0, dtype=starts.dtype, out=starts[1:])
+    totals = common.seq_lens_cpu_upper_bound[first : common.num_reqs]
+    return Joined(
+        block_table=common.block_table_tensor[first : common.num_reqs],
+        start_loc=starts,
+        num_keys=int(totals.sum()),
+        max_len=int(totals.max()),
+    )
 
 
 def _weights(part: str, estimator: RangeEstimator) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class StepShape(NamedTuple):
     """New tokens of each other request."""
     only_text: bool = False
     """Whether all new tokens are text, and cached ones may be visual."""
+    behind_text: bool = False
+    """Whether all cached tokens are known to be text."""
 
 
 def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
@@ -56,6 +58,7 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
         # Programs for one request are few, so its pages are shared among several.
         StepShape(0, (2,), only_text=True),
         StepShape(0, (min(64, tokens),)),
+        StepShape(0, (min(64, tokens),), behind_text=True),
         # With many requests they are not.
         StepShape(0, (2,) * most),
         StepShape(0, (tokens - 2 * (few - 1), *(2,) * (few - 1))),
@@ -121,7 +124,10 @@ def serve_empty_step(
     ).split(heads, dim=1)
     pages = (1, impl.num_kv_heads, BLOCK_SIZE, 2 * impl.head_size)
     kv_cache = torch.zeros(pages, dtype=dtype, device=device)
-    metadata = builder._build(common, fast_build=False, visual=True, codes=not shape.only_text)
+    spans = [range(BLOCK_SIZE, int(n)) for n in lengths] if shape.behind_text else None
+    metadata = builder._build(
+        common, fast_build=False, visual=True, spans=spans, codes=not shape.only_text
+    )
     for layer in layers:
         output = query.new_empty(query.shape)
         layer.impl.forward(layer, query, key, value, kv_cache, metadata, output)

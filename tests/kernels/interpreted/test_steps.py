@@ -15,6 +15,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils
 
+import csrc_triton
 from tests.test_warmup import make_parts, of_profile
 from vllm_calibquant.attention.cpu import request_views
 from vllm_calibquant.attention.reference import VisualPages, mixed_attention
@@ -28,11 +29,12 @@ PAPER = {"preset": "calibquant-paper"}  # with calibration
 
 
 def flash_attention(
-    q, k, v, cu_seqlens_q, softmax_scale, causal, return_softmax_lse, seqused_k=None,
-    cu_seqlens_k=None, block_table=None, **_,
+    q, k, v, cu_seqlens_q, softmax_scale, causal, return_softmax_lse=False, seqused_k=None,
+    cu_seqlens_k=None, block_table=None, out=None, **_,
 ):  # fmt: skip
     """What FlashAttention computes, request by request; nothing is said of rows without keys."""
-    out = torch.full_like(q, float("nan"))
+    out = torch.empty_like(q) if out is None else out
+    out.fill_(float("nan"))
     lse = torch.full((q.shape[1], q.shape[0]), float("inf"))
     starts = cu_seqlens_q.tolist()
     for r, (begin, end) in enumerate(pairwise(starts)):
@@ -52,8 +54,7 @@ def flash_attention(
         x = torch.einsum("hgtn,nhd->thgd", scores.softmax(-1), values)
         out[begin:end] = x.flatten(1, 2).to(out.dtype)
         lse[:, begin:end] = scores.logsumexp(-1).flatten(0, 1)
-    assert return_softmax_lse
-    return out, lse
+    return (out, lse) if return_softmax_lse else out
 
 
 def store_text(self, layer, key, value, kv_cache, slot_mapping):
@@ -192,3 +193,29 @@ def test_steps_of_a_chat_about_an_image(server: Server, monkeypatch):
     check(r0=1, r1=1, r4=32)  # another image after a hit
     server.place(4, pages(1))
     check(apart=True, r0=1, r1=1, r4=5)  # a question about it
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_images_behind_cached_text(server: Server, monkeypatch, beside):
+    """A system prompt hits, and what comes behind it is attended to in one piece."""
+    calls = []
+    join = csrc_triton.join_context
+    monkeypatch.setattr(csrc_triton, "join_context", lambda *a: calls.append(a[-1]) or join(*a))
+    server.kv_cache[:20].normal_(generator=server.generator)  # what is cached
+    server.place(0, [1, tag(20, 0), tag(20, 1), 2], cached=16)
+    server.place(1, [1, 3, tag(21, 0), tag(21, 1), 4], cached=0)
+    server.place(2, [5, 6], cached=17)
+    new = {0: 37, 1: 70} | ({2: 1} if beside else {})  # a decode of text goes with them
+    ours, expected = server.step(new)
+    assert (ours - expected).norm() < 5e-3 * expected.norm()
+    assert calls == [16 + 37 + 70 + 18 * beside]
+    server.place(0, [tag(22, 0), tag(22, 1)])
+    server.place(3, [1, 7, 8, tag(23, 0), tag(23, 1)], cached=48)
+    ours, expected = server.step({0: 43, 3: 32})  # one has codes before its new image
+    assert (ours - expected).norm() < 1e-2 * expected.norm()
+    server.place(3, [9])
+    server.step({3: 16})
+    assert len(calls) == 1
+    server.place(4, [1, 7, 8, tag(19, 0), tag(19, 1)], cached=48)
+    server.step({4: 32})  # more is cached than new
+    assert len(calls) == 1

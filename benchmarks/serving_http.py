@@ -41,17 +41,6 @@ DRY_ARGUMENTS += ["--enforce-eager", "--max-num-seqs", "8"]
 ONE_IMAGE = ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
 
 
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-}
-"""Environment of servers: glibc keeps what they free.
-
-Else an image's preparation takes thousands of page faults or none, as the heap happens to lie.
-"""
-
-
 class Load(NamedTuple):
     """How much is asked for."""
 
@@ -131,7 +120,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log, self.env = log, {**env, **KEEP_MEMORY}
+        self.log, self.env = log, env
         log.unlink(missing_ok=True)
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
         self.command += ["--load-format", "dummy", "--port", str(self.port)]

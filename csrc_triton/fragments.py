@@ -457,6 +457,14 @@ def query_weight(o_k):
     return gl.where(o_k // 8 == 15, -0.5 * weight, weight)
 
 
+LEAST_SUM = gl.constexpr(2.0**-100)
+"""Sum of a part's probabilities that counts as none, since 1 / sum must be a number.
+
+With calibration they are relative to the largest score of a request, from which all of a part may
+be more than 87 away; then some other part has a sum of at least 1.
+"""
+
+
 @gluon.jit
 def calibration(low, high, tau_min, tau_max):
     """Slope of the calibrated scores between the extremes of a request, and the largest of them."""

@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .fragments import (
+    LEAST_SUM,
     LOG2E,
     PAGE_MASK,
     TAG,
@@ -223,7 +224,7 @@ def _prefill_kernel(
         gl.store(p_low + at_lse, low * (scale * 1073741824.0), mask=m_c)
         gl.store(p_high + at_lse, high * (scale * 1073741824.0), mask=m_c)
     else:
-        some = l_i > 0
+        some = l_i > LEAST_SUM
         safe = gl.where(some, l_i, 1.0)
         if MODE == 2:
             lse = calibrated + gl.log(safe)

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .fragments import (
+    LEAST_SUM,
     LOG2E,
     PAGE_MASK,
     TAG,
@@ -422,7 +423,7 @@ def _hopper_kernel(
         gl.store(p_low + at_lse, low * scale, mask=m_r)
         gl.store(p_high + at_lse, high * scale, mask=m_r)
     else:
-        some = l_i > 0
+        some = l_i > LEAST_SUM
         safe = gl.where(some, l_i, 1.0)
         if MODE == 2:
             lse = calibrated + gl.log(safe)

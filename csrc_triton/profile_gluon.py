@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode_gluon import _request_extremes
 from .fragments import (
+    LEAST_SUM,
     LOG2E,
     PAGE_MASK,
     calibration,
@@ -663,7 +664,7 @@ def _attend_kernel(
             gl.store(p_low + at, low * unit_score, mask=m_c)
             gl.store(p_high + at, high * unit_score, mask=m_c)
         else:
-            some = l_i > 0
+            some = l_i > LEAST_SUM
             safe = gl.where(some, l_i, 1.0)
             if MODE == 2:
                 lse = calibrated + gl.log(safe)

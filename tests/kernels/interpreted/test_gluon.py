@@ -62,6 +62,17 @@ def test_decode_profile(case, calibration):
     )
 
 
+@pytest.mark.parametrize("profile", [False, True])
+def test_decode_of_scores_far_apart(profile):
+    """All scores of some parts are more than 87 below the largest of the request."""
+    bits = (counted_bits(64, 54, 32, 10), counted_bits(64, 34, 20, 10)) if profile else 1
+    fmt = make_format(64, bits)
+    plans = [[1, *[(fmt.page.slots, 0, fmt.page.slots)] * 3, 2]]
+    decode_cases.run(
+        fmt, group=3, plans=plans, calibration=CALIBRATION, kernel="gluon", sms=40, spread=40.0
+    )
+
+
 @pytest.mark.parametrize("sms", [1, 40])
 @pytest.mark.parametrize("kept", [True, False])
 def test_decode_with_one_query_head(sms, kept, monkeypatch):

@@ -246,7 +246,7 @@ def _attend_kernel(
                 low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
                 high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
         width = high - low
-        some = width > 0
+        some = width > 7.888609052210118e-31  # 2**-100: the slope must be a number
         slope = tl.maximum((high - tau_max) - (low - tau_min), 0.0) / tl.where(some, width, 1.0)
         slope = tl.where(some, slope, 0.0)
         shift = low - tau_min - low * slope

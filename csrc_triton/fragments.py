@@ -469,7 +469,7 @@ be more than 87 away; then some other part has a sum of at least 1.
 def calibration(low, high, tau_min, tau_max):
     """Slope of the calibrated scores between the extremes of a request, and the largest of them."""
     width = high - low
-    some = width > 0
+    some = width > 7.888609052210118e-31  # 2**-100: the slope must be a number
     slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
     # Not exactly 0: the masked scores are -inf and must stay so.
     slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)

@@ -206,7 +206,7 @@ def test_slots_of_other_requests_change_nothing():
 
 # Calibration.
 
-scores = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20)
+scores = st.lists(st.integers(-30000, 30000).map(lambda n: n / 1000), min_size=1, max_size=20)
 taus = st.builds(Calibration, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 1.0, 3.0]))
 
 
@@ -222,6 +222,14 @@ def test_calibration_moves_the_ends_and_keeps_the_order(values, tau):
     torch.testing.assert_close(y[x == low][0], low - tau.tau_min)
     if high - low > tau.tau_max - tau.tau_min and high > low:
         torch.testing.assert_close(y[x == high][0], high - tau.tau_max, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_too_close_for_a_slope_are_equal():
+    x = torch.tensor([0.0, 1e-45])
+    assert calibrate(x, torch.ones_like(x, dtype=torch.bool), Calibration(0.5, 0.0)).tolist() == [
+        -0.5,
+        -0.5,
+    ]
 
 
 def test_slope_is_held_at_zero():

@@ -278,9 +278,14 @@ def test_vllm_equals_equations_with_a_profile(checkpoint, oracle, tmp_path) -> N
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_close_calls_rescue_no_error(oracle, bits: int) -> None:
     """The comparison accepts numbers coded the other way, and not a range that is 1 % off."""
-    request, method = prompt("llava", "start"), Method.default(bits)
+    method = Method.default(bits)
     one = oracle("llava", method)
-    calls = one.score(*request, TEXT).close_calls[:8:2]
+    # Which prompts have such numbers hangs on how the processor rounds.
+    for shape in SHAPES:
+        request = prompt("llava", shape)
+        calls = one.score(*request, TEXT).close_calls[:8:2]
+        if calls:
+            break
     assert calls
 
     def answer(generation: Generation) -> Answer:

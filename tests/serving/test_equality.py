@@ -69,7 +69,10 @@ def test_text_equals_stock(model, stock, questions, bits: int) -> None:
 def test_images_left_out_equal_stock(model, stock, readings) -> None:
     with Engine(model, "calibquant1", {"modalities": ["video"]}) as engine:
         answers = [engine.ask(engine.prompt(q.question, q.image))[0] for q in readings]
-    assert [a.said for a in answers] == [a.said for a in stock["image"]]
+    # Some hosts sum long prompts in another order in stock's 128-token pages.
+    assert [a.tokens for a in answers] == [a.tokens for a in stock["image"]]
+    pairs = zip(answers, stock["image"], strict=True)
+    assert max(distance(ours, theirs) for ours, theirs in pairs) < NOISE
 
 
 # The same codes.

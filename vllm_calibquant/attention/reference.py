@@ -27,6 +27,10 @@ class Calibration(NamedTuple):
     tau_max: float
 
 
+LEAST_EXTENT = 2.0**-100
+"""What scores must extend over to be told apart: the slope of the map must be a number."""
+
+
 def calibrate(scores: torch.Tensor, used: torch.Tensor, calibration: Calibration) -> torch.Tensor:
     """Map visual scores affinely from ``[a, m]`` to ``[a - tau_min, m - tau_max]``.
 
@@ -51,8 +55,9 @@ def calibrate(scores: torch.Tensor, used: torch.Tensor, calibration: Calibration
     m = scores.masked_fill(~used, float("-inf")).amax(-1, keepdim=True)
     low = a - calibration.tau_min
     extent = m - a
-    slope = (m - calibration.tau_max - low).clamp(min=0.0) / torch.where(extent > 0, extent, 1.0)
-    return low + (scores - a) * torch.where(extent > 0, slope, 0.0)
+    some = extent > LEAST_EXTENT
+    slope = (m - calibration.tau_max - low).clamp(min=0.0) / torch.where(some, extent, 1.0)
+    return low + (scores - a) * torch.where(some, slope, 0.0)
 
 
 class VisualPages(NamedTuple):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,9 @@ def test_demo_stops_its_servers_on_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert len(sessions) == 2
+    end = time.monotonic() + 10  # what a server has started is killed too, but not waited for
+    while any(map(processes_of, sessions)) and time.monotonic() < end:
+        time.sleep(0.1)
     assert not any(map(processes_of, sessions))
 
 

@@ -50,6 +50,7 @@ class Choice:
     key_factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
     """Range factors of components of K with 1, 2, 3 and 4 bits."""
     value_factors: tuple[float, ...] = (0.6, 0.85, 1.0, 1.0)
+    """The same for V."""
     tau_min: float = 0.0
     tau_max: float = 0.0
     """With ``tau_min``, how far calibration moves the ends of visual scores down."""

@@ -91,11 +91,6 @@ def where(runs: list[Run]) -> str:
     )
 
 
-def how_compiled(run: Run) -> str:
-    """What a title says of a run's engines."""
-    return "" if run.compiled else ", without `torch.compile`"
-
-
 def goals_region(runs: list[Run]) -> list[str]:
     """Ratios of the goals on one device, and which are met."""
     runs = of_one_device(runs)
@@ -189,8 +184,7 @@ def dtypes_region(runs: list[Run], columns: dict[str, Figure]) -> list[str]:
                 if any(v is not None for v in values):
                     found.append([LABELS[dtype], *map(number, values)])
             if found:
-                how = "" if columns is HTTP_COLUMNS else how_compiled(run)
-                lines += [*table([f"{title}, {run.device}{how}", *columns], found), ""]
+                lines += [*table([f"{title}, {run.device}", *columns], found), ""]
     return lines[:-1] or ["Not measured yet."]
 
 
@@ -217,8 +211,7 @@ def budgets_region(runs: list[Run]) -> list[str]:
                     times = [f"{a / b:.1f}x" if a and b else "-" for a, b in pairs]
                     rows.append([f"`{OURS}` against {LABELS[baseline]}", *times])
             if rows:
-                where_run = f"{title}, {run.device}{how_compiled(run)}"
-                header = [where_run, *(f"{budget} GB" for budget in BUDGETS)]
+                header = [f"{title}, {run.device}", *(f"{budget} GB" for budget in BUDGETS)]
                 lines += [*table(header, rows), ""]
     return lines[:-1] or ["Not measured yet."]
 
@@ -236,8 +229,7 @@ def end_to_end_region(runs: list[Run]) -> list[str]:
                         values = [cell.get(name) for name in END_TO_END_COLUMNS.values()]
                         rows.append([f"{budget} GB, {LABELS[dtype]}", *map(number, values)])
             if rows:
-                where_run = f"{title}, {run.device}{how_compiled(run)}"
-                lines += [*table([where_run, *END_TO_END_COLUMNS], rows), ""]
+                lines += [*table([f"{title}, {run.device}", *END_TO_END_COLUMNS], rows), ""]
     return lines[:-1] or ["Not measured yet."]
 
 

@@ -1,8 +1,7 @@
 """What the records of :mod:`benchmarks.serving` say, as ratios between KV cache dtypes of one run.
 
-A *run* is what ran on one kind of device under one name (``--run``), either with torch.compile or
-without it, in one record or several.  A ratio has both its sides from one run; where several runs
-have them, the newest one counts.
+A *run* is what ran on one kind of device under one name (``--run``), in one record or several.  A
+ratio has both its sides from one run; where several runs have them, the newest one counts.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from benchmarks.records import RECORDS
 STOCK, EIGHT_BITS, OURS = "auto", "fp8", "calibquant1"
 MODEL = "internvl3-8b"
 NOT_MEASURED = "not measured"
-OLDER = {"images_a_user": 1}
-"""Keys that older cells lack, and what they were measured with."""
 
 
 def measured(cell: dict[str, Any]) -> bool:
@@ -45,8 +42,6 @@ class Run:
     device: str
     date: str
     """Of its newest record."""
-    compiled: bool = True
-    """Whether engines had torch.compile; servers over HTTP always had."""
     records: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
@@ -57,8 +52,7 @@ class Run:
         """The newest cell with these keys that holds a measurement."""
         wanted = {"scenario": scenario, "dtype": dtype, "model": model, **keys}
         for cell in reversed(self.cells):
-            known = {**OLDER, **cell}
-            if all(known.get(k) == v for k, v in wanted.items()) and measured(cell):
+            if all(cell.get(k) == v for k, v in wanted.items()) and measured(cell):
                 return cell
         return None
 
@@ -69,15 +63,13 @@ class Run:
 
 def load_runs(folder: Path = RECORDS) -> list[Run]:
     """Runs of all records that are not dry, newest first."""
-    runs: dict[tuple[str, str, bool], Run] = {}
+    runs: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.glob("serving-[0-9]*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("dry_run"):
             continue
-        compilation = record.get("settings", {}).get("compilation_config", {})
-        key = record["run"], record["device"], compilation.get("mode") != 0
-        name, device, compiled = key
-        run = runs.setdefault(key, Run(name, device, record["date"], compiled))
+        key = record["run"], record["device"]
+        run = runs.setdefault(key, Run(*key, record["date"]))
         run.date = max(run.date, record["date"])
         run.records.append(path.name)
         run.commands.append(record["command"])

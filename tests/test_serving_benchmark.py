@@ -450,13 +450,12 @@ def test_a_cell_that_was_disturbed_does_not_count(tmp_path: Path):
 
 
 def test_chats_of_several_images_are_told_from_those_of_one(tmp_path: Path):
-    """Records from before there was such a number have one image a user."""
     made_up(tmp_path, "20260101T000000", auto=10)
     path = next(tmp_path.iterdir())
     record = json.loads(path.read_text())
     chats = {"model": "internvl3-8b", "dtype": "auto", "scenario": "image-chats"}
     chats |= {"budget_gb": 2, "working_set": 6}
-    record["cells"] += [{**chats, "turns_per_s": 10}]
+    record["cells"] += [{**chats, "turns_per_s": 10, "images_a_user": 1}]
     record["cells"] += [{**chats, "turns_per_s": 4, "images_a_user": 3}]
     save_record(path, record)
     (run,) = load_runs(tmp_path)

@@ -418,6 +418,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         "gpus": args.devices,
         "settings": todo[0]["settings"],
         "http_arguments": todo[0]["arguments"],
+        "http_environment": serving_http.ENVIRONMENT,
         "engines": [],
         "cells": [],
     }

@@ -97,6 +97,8 @@ def test_a_server_answers_all_that_is_asked_over_http(record: Path):
         (once,) = cell["repeats"]
         assert len(once["first_token_ms"]) == requests
         assert 0 < len(once["inter_token_ms"]) <= 256
+        assert once["api_server_cpu_ms_mean"] > 0
+        assert once["api_server_page_faults_mean"] >= 0
     assert cells["questions on images"]["hit_rate"] > 0.3
     assert cells["compiled while serving"]["kernels"] == "none"
 
@@ -122,6 +124,10 @@ class FakeServer:
         self.looked += 1
         growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08), strict=True)
         return {name: by * self.looked for name, by in growth}
+
+    def used(self) -> tuple[float, int]:
+        """So are CPU seconds and page faults."""
+        return 0.2 * self.looked, 40 * self.looked
 
     def compiled_late(self) -> str:
         """Nothing."""
@@ -166,6 +172,8 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     what = ["start", *serving_http.REPEATED, "questions on images", "compiled while serving"]
     assert [cell["what"] for cell in cells] == what
     assert cells[1]["engine_first_token_ms_mean"] == 21
+    assert cells[1]["api_server_cpu_ms_mean"] == 50
+    assert cells[1]["api_server_page_faults_mean"] == 10
     for cell, own in zip(cells[1:5], (rates[0:9:3], rates[1:9:3], rates[2:9:3], [55]), strict=True):
         assert [repeat["output_tokens_per_s"] for repeat in cell["repeats"]] == own
         assert [repeat["first_token_ms"] for repeat in cell["repeats"]] == [[r] for r in own]

@@ -5,8 +5,8 @@ HTTP server, chat template, tokenizer, image processor.  Engine settings are vLL
 torch.compile and all CUDA graphs included.
 
 What goals look at is short, and a shared host noisy: so the servers of two KV cache dtypes are up
-at once and asked the same in turns, several times.  Nor is one start of a server like another.  So all
-is done with several starts, and figures are medians over all of it.
+at once and asked the same in turns, several times.  Nor is one start of a server like another.  So
+all is done with several starts, and figures are medians over all of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Load(NamedTuple):
     requests: int = 256
     prompt: int = 512
     outputs: int = 128
-    image_requests: int = 32
+    image_requests: int = 16
     tiles: tuple[int, int] = (4, 3)
     images: int = 16
     questions: int = 4
@@ -67,7 +67,7 @@ class Load(NamedTuple):
     concurrency: int = 8
     starts: int = 2
     """Of the servers."""
-    repeats: int = 2
+    repeats: int = 4
     """Of the loads in :data:`REPEATED`, with each start."""
     start_limit_s: float = 200
     bench_limit_s: float = 60

@@ -28,6 +28,7 @@ from .tables import TAG_SHIFT
 
 _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
+_LEAST_EXTENT = tl.constexpr(2.0**-100)  # of scores: the slope must be a number
 
 DOT_DTYPE = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
 """Dtype of the operands of a dot; the interpreter multiplies bfloat16 bit patterns as integers."""
@@ -246,7 +247,7 @@ def _attend_kernel(
                 low = tl.minimum(low, tl.load(p_low + p_row, mask=m_r, other=0.0))
                 high = tl.maximum(high, tl.load(p_high + p_row, mask=m_r, other=0.0))
         width = high - low
-        some = width > 7.888609052210118e-31  # 2**-100: the slope must be a number
+        some = width > _LEAST_EXTENT
         slope = tl.maximum((high - tau_max) - (low - tau_min), 0.0) / tl.where(some, width, 1.0)
         slope = tl.where(some, slope, 0.0)
         shift = low - tau_min - low * slope

@@ -463,13 +463,15 @@ LEAST_SUM = gl.constexpr(2.0**-100)
 With calibration they are relative to the largest score of a request, from which all of a part may
 be more than 87 away; then some other part has a sum of at least 1.
 """
+LEAST_EXTENT = gl.constexpr(2.0**-100)
+"""What scores must extend over to be told apart: the slope of the map must be a number."""
 
 
 @gluon.jit
 def calibration(low, high, tau_min, tau_max):
     """Slope of the calibrated scores between the extremes of a request, and the largest of them."""
     width = high - low
-    some = width > 7.888609052210118e-31  # 2**-100: the slope must be a number
+    some = width > LEAST_EXTENT
     slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
     # Not exactly 0: the masked scores are -inf and must stay so.
     slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)

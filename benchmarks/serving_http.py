@@ -99,6 +99,7 @@ COUNTED = (
     "prefix_cache_queries_total",
     "request_queue_time_seconds_sum",
     "request_prefill_time_seconds_sum",
+    "request_decode_time_seconds_sum",
 )
 """What :meth:`Server.counts` reads of a server's metrics."""
 ADDED = ("requests", "failed", "cell_s")
@@ -367,6 +368,7 @@ def _run(
         "first_token_ms_median": round(result["median_ttft_ms"], 2),
         "first_token_ms_p99": round(result["p99_ttft_ms"], 2),
         "engine_first_token_ms_mean": round(1e3 * in_engine / requests, 2),
+        "engine_decode_ms_mean": round(1e3 * new["request_decode_time_seconds_sum"] / requests, 2),
         "api_server_cpu_ms_mean": round(1e3 * (cpu - cpu_before) / requests, 2),
         "api_server_page_faults_mean": round((faults - faults_before) / requests, 1),
         "inter_token_ms_median": round(result["median_itl_ms"], 3),

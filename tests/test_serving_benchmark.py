@@ -122,7 +122,7 @@ class FakeServer:
         """Asked before and after each run, of four requests."""
         assert self.up
         self.looked += 1
-        growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08), strict=True)
+        growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08, 1.2), strict=True)
         return {name: by * self.looked for name, by in growth}
 
     def used(self) -> tuple[float, int]:
@@ -172,6 +172,7 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     what = ["start", *serving_http.REPEATED, "questions on images", "compiled while serving"]
     assert [cell["what"] for cell in cells] == what
     assert cells[1]["engine_first_token_ms_mean"] == 21
+    assert cells[1]["engine_decode_ms_mean"] == 300
     assert cells[1]["api_server_cpu_ms_mean"] == 50
     assert cells[1]["api_server_page_faults_mean"] == 10
     for cell, own in zip(cells[1:5], (rates[0:9:3], rates[1:9:3], rates[2:9:3], [55]), strict=True):

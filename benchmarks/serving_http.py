@@ -65,6 +65,8 @@ class Load(NamedTuple):
     question_letters: int = 48
     answer: int = 32
     concurrency: int = 8
+    few: int = 16
+    """Text requests at a time where the engine is to be the limit, and not the API server."""
     starts: int = 2
     """Of the servers."""
     repeats: int = 4
@@ -83,6 +85,7 @@ DRY_LOAD = Load(
     questions=3,
     answer=4,
     concurrency=2,
+    few=2,
     starts=1,
     repeats=1,
     start_limit_s=400,
@@ -93,7 +96,12 @@ DRY_LOAD = Load(
 On a busy host all tokens of a short answer come at once.
 """
 
-REPEATED = ("text, fixed lengths", "text, chat lengths", "lone image request")
+REPEATED = (
+    "text, fixed lengths",
+    "text, chat lengths",
+    "lone image request",
+    "text, few at a time",
+)
 COUNTED = (
     "prefix_cache_hits_total",
     "prefix_cache_queries_total",
@@ -309,7 +317,9 @@ def loads(directory: Path, model: str, load: Load) -> Iterator[tuple[str, list[s
     """Name and arguments of each run."""
     count = ["--num-prompts", str(load.requests)]
     lengths = ["--random-input-len", str(load.prompt), "--random-output-len", str(load.outputs)]
-    yield "text, fixed lengths", ["--dataset-name", "random", *lengths, *count]
+    text = ["--dataset-name", "random", *lengths, *count]
+    yield "text, fixed lengths", text
+    yield "text, few at a time", [*text, "--max-concurrency", str(load.few)]
     dataset = directory / "chats.json"
     write_chats(dataset, load)
     yield (

@@ -88,6 +88,7 @@ def test_a_server_answers_all_that_is_asked_over_http(record: Path):
         "text, fixed lengths": load.requests,
         "text, chat lengths": load.requests,
         "lone image request": load.image_requests,
+        "text, few at a time": load.requests,
         "questions on images": load.images * load.questions,
     }
     assert list(cells) == ["start", *asked, "compiled while serving"]
@@ -157,17 +158,18 @@ class FakeClient:
 
 def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     """Not the first, the last, the best or the mean; prompts that no repeat before has had."""
-    rates = [900.0, 10.0, 7.0, 100.0, 30.0, 5.0, 200.0, 80.0, 6.0, 55.0]
+    rates = [900.0, 10.0, 7.0, 50.0, 100.0, 30.0, 5.0, 70.0, 200.0, 80.0, 6.0, 20.0, 55.0]
     client = FakeClient(rates)
     load = serving_http.DRY_LOAD._replace(repeats=3)
     model = serving.DRY_MODEL
     cells = [*serving_http.measure({"auto": FakeServer()}, client, tmp_path, model, load)]
     assert {cell.pop("dtype") for cell in cells} == {"auto"}
-    turn = ["random", "sharegpt", "random-mm"]
+    turn = ["random", "sharegpt", "random-mm", "random"]
     assert [run["--dataset-name"] for run in client.ran] == [*turn * 3, "custom_image"]
-    assert [run["--seed"] for run in client.ran] == [*"000111222", "0"]
+    assert [run["--seed"] for run in client.ran] == [*"000011112222", "0"]
     salts = [json.loads(run["--extra-body"])["cache_salt"] for run in client.ran]
-    assert salts[0:9:3] == salts[1:9:3] == salts[2:9:3] and len(set(salts)) == 3
+    assert salts[0:12:4] == salts[1:12:4] == salts[2:12:4] == salts[3:12:4]
+    assert len(set(salts)) == 3
     assert len({run["file"] for run in client.ran}) == len(rates)
     what = ["start", *serving_http.REPEATED, "questions on images", "compiled while serving"]
     assert [cell["what"] for cell in cells] == what
@@ -175,7 +177,7 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
     assert cells[1]["engine_decode_ms_mean"] == 300
     assert cells[1]["api_server_cpu_ms_mean"] == 50
     assert cells[1]["api_server_page_faults_mean"] == 10
-    for cell, own in zip(cells[1:5], (rates[0:9:3], rates[1:9:3], rates[2:9:3], [55]), strict=True):
+    for cell, own in zip(cells[1:6], (*(rates[i:12:4] for i in range(4)), [55]), strict=True):
         assert [repeat["output_tokens_per_s"] for repeat in cell["repeats"]] == own
         assert [repeat["first_token_ms"] for repeat in cell["repeats"]] == [[r] for r in own]
         assert [repeat["inter_token_ms"] for repeat in cell["repeats"]] == [[r, 500] for r in own]
@@ -190,7 +192,7 @@ def test_loads_are_repeated_in_turns_and_medians_count(tmp_path: Path):
 
 
 def test_servers_start_several_times_and_medians_are_over_all_starts(tmp_path: Path):
-    rates = [float(rate) for rate in range(1, 15)]
+    rates = [float(rate) for rate in range(1, 19)]
     client = FakeClient(rates)
     server = FakeServer()
     load = serving_http.DRY_LOAD._replace(starts=2, repeats=2)
@@ -199,9 +201,9 @@ def test_servers_start_several_times_and_medians_are_over_all_starts(tmp_path: P
     found = {cell["what"]: cell for cell in cells}
     assert len(found["start"]["repeats"]) == 2
     repeats = found["text, fixed lengths"]["repeats"]
-    assert [r["output_tokens_per_s"] for r in repeats] == [1, 4, 8, 11]
+    assert [r["output_tokens_per_s"] for r in repeats] == [1, 5, 10, 14]
     assert [(r["start"], r["seed"]) for r in repeats] == [(0, 0), (0, 1), (1, 2), (1, 3)]
-    assert found["text, fixed lengths"]["output_tokens_per_s"] == 6
+    assert found["text, fixed lengths"]["output_tokens_per_s"] == 7.5
     assert [r["seed"] for r in found["questions on images"]["repeats"]] == [0, 2]
 
 
@@ -219,18 +221,18 @@ def test_a_run_over_its_limit_keeps_what_it_had(tmp_path: Path, monkeypatch):
 
 def test_two_servers_are_asked_the_same_in_turns(tmp_path: Path):
     """Neither is always the first: what changes with time is the same for both."""
-    rates = [float(rate) for rate in range(1, 15)]
+    rates = [float(rate) for rate in range(1, 19)]
     client = FakeClient(rates)
     servers = {"auto": FakeServer(1), "calibquant1": FakeServer(2)}
     load = serving_http.DRY_LOAD._replace(repeats=2)
     cells = [*serving_http.measure(servers, client, tmp_path, serving.DRY_MODEL, load)]
-    assert "".join(run["--port"] for run in client.ran) == "12" * 3 + "21" * 3 + "12"
+    assert "".join(run["--port"] for run in client.ran) == "12" * 4 + "21" * 4 + "12"
     for one, two in zip(client.ran[::2], client.ran[1::2], strict=True):
         assert {**one, "--port": 0, "file": 0} == {**two, "--port": 0, "file": 0}
     assert len({run["file"] for run in client.ran}) == len(rates)
     found = {(cell["dtype"], cell["what"]): cell for cell in cells}
-    assert len(found) == len(cells) == 2 * 6
-    for dtype, own in (("auto", (1, 8)), ("calibquant1", (2, 7))):
+    assert len(found) == len(cells) == 2 * 7
+    for dtype, own in (("auto", (1, 10)), ("calibquant1", (2, 9))):
         repeats = found[dtype, "text, fixed lengths"]["repeats"]
         assert [repeat["output_tokens_per_s"] for repeat in repeats] == [*own]
 
@@ -258,15 +260,15 @@ def test_servers_are_paired_with_the_first_dtype():
 
 
 def test_a_run_that_fails_does_not_lose_those_before_it(tmp_path: Path):
-    client = FakeClient([300.0, 10.0, 7.0, 100.0], fails_at=4)
+    client = FakeClient([300.0, 10.0, 7.0, 50.0, 100.0], fails_at=5)
     load = serving_http.DRY_LOAD._replace(repeats=3)
     servers = {"auto": FakeServer()}
     measured = serving_http.measure(servers, client, tmp_path, serving.DRY_MODEL, load)
-    cells = [next(measured) for _ in range(4)]
+    cells = [next(measured) for _ in range(5)]
     with pytest.raises(RuntimeError, match="it took longer"):
         next(measured)
-    assert [len(cell["repeats"]) for cell in cells] == [1, 2, 1, 1]
-    assert [cell.get("output_tokens_per_s") for cell in cells] == [None, 200, 10, 7]
+    assert [len(cell["repeats"]) for cell in cells] == [1, 2, 1, 1, 1]
+    assert [cell.get("output_tokens_per_s") for cell in cells] == [None, 200, 10, 7, 50]
 
 
 def test_goals_over_http_take_medians_and_read_older_cells(tmp_path: Path):

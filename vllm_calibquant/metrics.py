@@ -2,8 +2,9 @@
 
 The scheduler counts in the engine core and the API server publishes.  vLLM's ``SchedulerStats``,
 which travels between them, has no place for plugins; its counts of KV connector loads by stage are
-an open mapping of names to ints, all readers of which ask for known names, and KV connectors are
-refused with our dtypes.  Our counts ride there under names with a prefix.
+an open mapping of names to ints, and KV connectors are refused with our dtypes.  Our counts ride
+there under names with a prefix.  Loggers of plugins come before vLLM's, so ours takes them out
+before vLLM's log can take them for loads.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class PageCounts(NamedTuple):
         return dict(zip(STAT_NAMES, self, strict=True))
 
     @classmethod
-    def from_stats(cls, stats: dict[str, int]) -> PageCounts | None:
-        """Read back; None if the engine sent none."""
+    def take(cls, stats: dict[str, int]) -> PageCounts | None:
+        """Take them out of the mapping again; None if the engine sent none."""
         if STAT_NAMES[0] not in stats:
             return None
-        return cls(*(stats[name] for name in STAT_NAMES))
+        return cls(*(stats.pop(name) for name in STAT_NAMES))
 
 
 STAT_NAMES = tuple(PREFIX + name for name in PageCounts._fields)
@@ -93,10 +94,11 @@ class CalibQuantStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Publish the counts of one step."""
-        if self.gauges and scheduler_stats is not None:
-            counts = PageCounts.from_stats(scheduler_stats.num_kv_fetch_reqs_by_stage)
-            if counts is not None:
-                self._set(counts, engine_idx)
+        if scheduler_stats is None:
+            return
+        counts = PageCounts.take(scheduler_stats.num_kv_fetch_reqs_by_stage)
+        if counts is not None and self.gauges:
+            self._set(counts, engine_idx)
 
     def _set(self, counts: PageCounts, engine: int) -> None:
         if self._shown.get(engine) == counts:

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_calibquant.attention.reference import (
+    LEAST_EXTENT,
     Calibration,
     VisualPages,
     calibrate,
@@ -206,7 +207,9 @@ def test_slots_of_other_requests_change_nothing():
 
 # Calibration.
 
-scores = st.lists(st.integers(-30000, 30000).map(lambda n: n / 1000), min_size=1, max_size=20)
+scores = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20).filter(
+    lambda values: not 0 < max(values) - min(values) <= LEAST_EXTENT
+)
 taus = st.builds(Calibration, st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([0.0, 1.0, 3.0]))
 
 

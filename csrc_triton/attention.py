@@ -24,11 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_calibquant.attention.reference import LEAST_EXTENT
+
 from .tables import TAG_SHIFT
 
 _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
-_LEAST_EXTENT = tl.constexpr(2.0**-100)  # of scores: the slope must be a number
+_LEAST_EXTENT = tl.constexpr(LEAST_EXTENT)
 
 DOT_DTYPE = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
 """Dtype of the operands of a dot; the interpreter multiplies bfloat16 bit patterns as integers."""

@@ -25,6 +25,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from vllm_calibquant.attention.reference import LEAST_EXTENT
+
 from .gluon_compat import async_load
 from .tables import TAG_SHIFT
 
@@ -463,15 +465,14 @@ LEAST_SUM = gl.constexpr(2.0**-100)
 With calibration they are relative to the largest score of a request, from which all of a part may
 be more than 87 away; then some other part has a sum of at least 1.
 """
-LEAST_EXTENT = gl.constexpr(2.0**-100)
-"""What scores must extend over to be told apart: the slope of the map must be a number."""
+_LEAST_EXTENT = gl.constexpr(LEAST_EXTENT)
 
 
 @gluon.jit
 def calibration(low, high, tau_min, tau_max):
     """Slope of the calibrated scores between the extremes of a request, and the largest of them."""
     width = high - low
-    some = width > LEAST_EXTENT
+    some = width > _LEAST_EXTENT
     slope = gl.maximum((high - tau_max) - (low - tau_min), 0.0) / gl.where(some, width, 1.0)
     # Not exactly 0: the masked scores are -inf and must stay so.
     slope = gl.maximum(gl.where(some, slope, 0.0), 1e-30)

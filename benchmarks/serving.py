@@ -236,6 +236,7 @@ class HttpServers:
         load = load._replace(
             starts=job["plan"].get("http_starts", load.starts),
             repeats=job["plan"].get("http_repeats", load.repeats),
+            loads=tuple(job["plan"].get("http_loads", load.loads)),
         )
         try:
             for cell in serving_http.measure(
@@ -418,7 +419,9 @@ def main(argv: list[str] | None = None) -> Path | None:
         "gpus": args.devices,
         "settings": todo[0]["settings"],
         "http_arguments": todo[0]["arguments"],
-        "http_environment": serving_http.ENVIRONMENT,
+        "http_environment": {
+            name: os.environ.get(name, value) for name, value in serving_http.ENVIRONMENT.items()
+        },
         "engines": [],
         "cells": [],
     }

@@ -51,6 +51,15 @@ server does was seen to differ from start to start, whatever its KV cache dtype.
 """
 
 
+REPEATED = (
+    "text, fixed lengths",
+    "text, chat lengths",
+    "lone image request",
+    "text, few at a time",
+)
+LOADS = (*REPEATED, "questions on images")
+
+
 class Load(NamedTuple):
     """How much is asked for."""
 
@@ -71,6 +80,8 @@ class Load(NamedTuple):
     """Of the servers."""
     repeats: int = 4
     """Of the loads in :data:`REPEATED`, with each start."""
+    loads: tuple[str, ...] = LOADS
+    """What is asked for at all."""
     start_limit_s: float = 200
     bench_limit_s: float = 60
 
@@ -96,20 +107,15 @@ DRY_LOAD = Load(
 On a busy host all tokens of a short answer come at once.
 """
 
-REPEATED = (
-    "text, fixed lengths",
-    "text, chat lengths",
-    "lone image request",
-    "text, few at a time",
-)
-COUNTED = (
+METRICS = (
     "prefix_cache_hits_total",
     "prefix_cache_queries_total",
     "request_queue_time_seconds_sum",
     "request_prefill_time_seconds_sum",
     "request_decode_time_seconds_sum",
 )
-"""What :meth:`Server.counts` reads of a server's metrics."""
+"""Of a server, that :meth:`Server.counts` reads."""
+COUNTED = (*METRICS, "cpu_seconds", "page_faults")
 ADDED = ("requests", "failed", "cell_s")
 """Numbers of a cell that are sums over its repeats; the others are medians."""
 WHICH = ("start", "seed")
@@ -177,20 +183,20 @@ class Server:
             time.sleep(0.3)
 
     def counts(self) -> dict[str, float]:
-        """What the server has counted since its start, by the names in :data:`COUNTED`."""
-        text = self.get("/metrics")
-        return {
-            name: sum(map(float, re.findall(rf"^vllm:{name}\S* (\S+)$", text, re.M)))
-            for name in COUNTED
-        }
+        """What has grown since its start, by the names in :data:`COUNTED`.
 
-    def used(self) -> tuple[float, int]:
-        """CPU seconds of the API server, which prepares images, and its page faults so far."""
+        CPU seconds and page faults are the API server's, which prepares images.
+        """
         assert self.process is not None
+        text = self.get("/metrics")
+        metrics = {
+            name: sum(map(float, re.findall(rf"^vllm:{name}\S* (\S+)$", text, re.M)))
+            for name in METRICS
+        }
         stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         values = stat.rpartition(")")[2].split()  # the first is field 3 of proc_pid_stat(5)
         seconds = (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
-        return seconds, int(values[7])
+        return {**metrics, "cpu_seconds": seconds, "page_faults": int(values[7])}
 
     def compiled_late(self) -> str:
         """Kernels that vLLM's log says were compiled while a request waited."""
@@ -359,11 +365,10 @@ def _run(
     another order.  So there is a salt as well.
     """
     begin = time.perf_counter()
-    before, (cpu_before, faults_before) = server.counts(), server.used()
+    before = server.counts()
     salt = json.dumps({"cache_salt": f"repeat {seed}"})
     result = client.run([*options, "--seed", str(seed), "--extra-body", salt], path, limit_s)
     new = {name: value - before[name] for name, value in server.counts().items()}
-    cpu, faults = server.used()
     requests = max(result["completed"], 1)
     in_engine = new["request_queue_time_seconds_sum"] + new["request_prefill_time_seconds_sum"]
     return {
@@ -379,8 +384,8 @@ def _run(
         "first_token_ms_p99": round(result["p99_ttft_ms"], 2),
         "engine_first_token_ms_mean": round(1e3 * in_engine / requests, 2),
         "engine_decode_ms_mean": round(1e3 * new["request_decode_time_seconds_sum"] / requests, 2),
-        "api_server_cpu_ms_mean": round(1e3 * (cpu - cpu_before) / requests, 2),
-        "api_server_page_faults_mean": round((faults - faults_before) / requests, 1),
+        "api_server_cpu_ms_mean": round(1e3 * new["cpu_seconds"] / requests, 2),
+        "api_server_page_faults_mean": round(new["page_faults"] / requests, 1),
         "inter_token_ms_median": round(result["median_itl_ms"], 3),
         "inter_token_ms_p99": round(result["p99_itl_ms"], 3),
         "first_token_ms": [round(1e3 * t, 2) for t in result["ttfts"]],
@@ -428,7 +433,8 @@ def measure(
     prepared = dict(loads(directory, model, load))
     # In turns: what disturbs the host for a while does not hit one load or server alone.
     turns = [(what, repeat) for repeat in range(load.repeats) for what in REPEATED]
-    turns += [(what, 0) for what in prepared if what not in REPEATED]
+    turns += [(what, 0) for what in LOADS if what not in REPEATED]
+    turns = [(what, repeat) for what, repeat in turns if what in load.loads]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     end = time.monotonic() + limit_s
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.serving_engine import BenchEngine, Completion, Picture, Run
-from benchmarks.serving_http import DRY_LOAD, Load
+from benchmarks.serving_http import DRY_LOAD, LOADS, Load
 
 GB = 1e9
 BEFORE, AFTER = 10, 8
@@ -64,6 +64,8 @@ class Plan:
     """Of servers, in :mod:`benchmarks.serving_http`."""
     http_repeats: int = Load().repeats
     """Of what it repeats with each start."""
+    http_loads: tuple[str, ...] = LOADS
+    """What it asks for at all."""
     cell_limit_s: float = 60
     """A cell that takes longer is cut off, and says so."""
 

@@ -123,12 +123,8 @@ class FakeServer:
         """Asked before and after each run, of four requests."""
         assert self.up
         self.looked += 1
-        growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08, 1.2), strict=True)
+        growth = zip(serving_http.COUNTED, (50, 100, 0.004, 0.08, 1.2, 0.2, 40), strict=True)
         return {name: by * self.looked for name, by in growth}
-
-    def used(self) -> tuple[float, int]:
-        """So are CPU seconds and page faults."""
-        return 0.2 * self.looked, 40 * self.looked
 
     def compiled_late(self) -> str:
         """Nothing."""
@@ -205,6 +201,16 @@ def test_servers_start_several_times_and_medians_are_over_all_starts(tmp_path: P
     assert [(r["start"], r["seed"]) for r in repeats] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert found["text, fixed lengths"]["output_tokens_per_s"] == 7.5
     assert [r["seed"] for r in found["questions on images"]["repeats"]] == [0, 2]
+
+
+def test_only_some_loads_are_asked_for(tmp_path: Path):
+    client, model = FakeClient([1.0, 2.0, 3.0, 4.0]), serving.DRY_MODEL
+    some = ("text, few at a time", "text, fixed lengths")
+    load = serving_http.DRY_LOAD._replace(repeats=2, loads=some)
+    cells = [*serving_http.measure({"auto": FakeServer()}, client, tmp_path, model, load)]
+    assert ["--max-concurrency" in run for run in client.ran] == [False, True] * 2
+    what = ["start", "text, fixed lengths", "text, few at a time", "compiled while serving"]
+    assert [cell["what"] for cell in cells] == what
 
 
 def test_a_run_over_its_limit_keeps_what_it_had(tmp_path: Path, monkeypatch):

@@ -161,6 +161,7 @@ HTTP_COLUMNS = {
         for label, what, name in (
             ("fixed lengths: tokens/s", "text, fixed lengths", "output_tokens_per_s"),
             ("chat lengths: tokens/s", "text, chat lengths", "output_tokens_per_s"),
+            ("16 at a time: tokens/s", "text, few at a time", "output_tokens_per_s"),
             ("lone image: first token, ms", "lone image request", "first_token_ms_median"),
             ("of it in the engine", "lone image request", "engine_first_token_ms_mean"),
             ("questions: tokens/s", "questions on images", "output_tokens_per_s"),

@@ -323,9 +323,10 @@ def loads(directory: Path, model: str, load: Load) -> Iterator[tuple[str, list[s
     """Name and arguments of each run."""
     count = ["--num-prompts", str(load.requests)]
     lengths = ["--random-input-len", str(load.prompt), "--random-output-len", str(load.outputs)]
-    text = ["--dataset-name", "random", *lengths, *count]
-    yield "text, fixed lengths", text
-    yield "text, few at a time", [*text, "--max-concurrency", str(load.few)]
+    text = ["--dataset-name", "random", *lengths]
+    yield "text, fixed lengths", [*text, *count]
+    few = ["--max-concurrency", str(load.few), "--num-prompts", str(load.requests // 2)]
+    yield "text, few at a time", [*text, *few]
     dataset = directory / "chats.json"
     write_chats(dataset, load)
     yield (

@@ -244,6 +244,11 @@ ROWS = (
         {STOCK: at_least(0.98)},
     ),
     Row(
+        "text-only throughput over HTTP, 16 requests at a time",
+        figure("http", "output_tokens_per_s", what="text, few at a time"),
+        {STOCK: at_least(0.98)},
+    ),
+    Row(
         "first token of a lone image request over HTTP",
         figure("http", "first_token_ms_median", what="lone image request"),
         {STOCK: at_most(1.03)},

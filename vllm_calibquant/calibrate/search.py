@@ -28,10 +28,11 @@ from vllm_calibquant.profile import LayerProfile, ModelIdentity, PartProfile, Pr
 MAX_BITS = 4
 WORTHWHILE = 0.99
 """A step is kept if it lowers the divergence at least to this share: less is noise."""
-CALIBRATION_WORTHWHILE = 0.9
-"""The same where a step turns on the calibration of scores, for which kernels take a pass more."""
-LEAVING_WORTHWHILE = 0.7
-"""The same where a layer is left at 16 bits: layers of two kinds need block tables of their own."""
+SLOWER_WORTHWHILE = 0.7
+"""The same where serving gets slower for it.
+
+To calibrate scores, kernels take a pass more; layers left at 16 bits need their own block tables.
+"""
 
 Split = tuple[int, int]
 """Planes of K and of V in a layer, a token and KV head."""
@@ -339,7 +340,7 @@ def search(
                 tried.add(option)
                 found = score(option)
                 turned_on = option.calibration and not best.calibration
-                share = CALIBRATION_WORTHWHILE if turned_on else WORTHWHILE
+                share = SLOWER_WORTHWHILE if turned_on else WORTHWHILE
                 if found.kl < share * reached.kl:
                     steps.append((_difference(best, option), found.kl))
                     best, reached, kept = option, found, True
@@ -383,7 +384,7 @@ def leave_layers(
         if not scores:
             return
         found, option = min(scores, key=lambda scored: scored[0].kl)
-        if found.kl >= LEAVING_WORTHWHILE * reached.kl:
+        if found.kl >= SLOWER_WORTHWHILE * reached.kl:
             return
         choice, reached = option, found
         yield choice, reached, f"layer {option.exact[-1]} at 16 bits, others {budget.bits:g}"

@@ -40,6 +40,7 @@ DIGEST = "Digest"
 
 LABELS = {
     "auto": "`auto` (bf16)",
+    "bfloat16": "`bfloat16` (the same)",
     "fp8": "`fp8`",
     "int4_per_token_head": "`int4_per_token_head`",
     "turboquant_k8v4": "`turboquant_k8v4`",

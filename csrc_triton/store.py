@@ -47,6 +47,12 @@ STORE_REGISTERS = 80
 PROFILE_REGISTERS = 128
 """Of the kernel for components of any width: two programs of 8 warps."""
 
+TEXT_PROGRAMS = 1024
+"""Of the Gluon kernels, as long as rows of text do not make more; most of a large step find none.
+
+Heads that share a program are copied one after the other.
+"""
+
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 
 
@@ -459,9 +465,8 @@ def _launch_gluon(
     visual: int,
 ) -> None:
     num_tokens, num_heads = key.shape[:2]
-    # A program copies some rows of text: of one head in a decode step, and of all heads in a large
-    # step, where most programs find nothing.
-    head_step = num_heads if num_tokens <= 512 else 1
+    text_tiles = cdiv(num_tokens, BLOCK)
+    head_step = min(num_heads, max(TEXT_PROGRAMS // text_tiles, 1))
     if not _stores_uniform(fmt):
         _launch_profile(tables, fmt, key, value, kv_cache, words, slot_mapping, visual, head_step)
         return
@@ -469,7 +474,6 @@ def _launch_gluon(
     warps = constants["NUM_WARPS"]
     limit = {"maxnreg": STORE_REGISTERS} if fmt.uniform_bits == 1 else {}
     k, v = key.view(torch.int32), value.view(torch.int32)
-    text_tiles = cdiv(num_tokens, constants["BR"])
     launch(
         _fast_store_kernel, (2 * visual * num_heads + text_tiles * head_step,),
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -501,7 +505,7 @@ def _launch_profile(
     scratch = torch.empty(
         programs * page.tokens * page.head_size // 2, dtype=torch.int32, device=key.device
     )
-    text_tiles = cdiv(num_tokens, constants["BR"])
+    text_tiles = cdiv(num_tokens, BLOCK)
     launch(
         _profile_store_kernel, (programs + text_tiles * head_step,),
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),

@@ -1,6 +1,7 @@
 """The kernels on a GPU, compiled, against the same float64 twins."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_store_is_that_of_pytorch_bit_for_bit(head_size, bits, dtype, kernel, se
     fmt = make_format(head_size, bits, dtype)
     slots = test_store.ragged_slots(fmt, seed)
     got, want = test_store.run(fmt, slots, device="cuda", kernel=kernel, seed=seed)
+    assert test_store.differing_bits(got, want) == 0
+
+
+@pytest.mark.parametrize("programs", [1, 100, 4096])
+def test_store_heads_of_a_text_program(programs, monkeypatch):
+    """One copies rows of all heads, of some, or of one."""
+    module = sys.modules["csrc_triton.store"]  # the package has a function of that name
+    monkeypatch.setattr(module, "TEXT_PROGRAMS", programs)
+    fmt = make_format(128, 1)
+    slots = test_store.ragged_slots(fmt, 0)
+    got, want = test_store.run(fmt, slots, heads=5, device="cuda", kernel="gluon")
     assert test_store.differing_bits(got, want) == 0
 
 

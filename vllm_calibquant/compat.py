@@ -92,6 +92,13 @@ PATCHES = (
         "when the registry does not ask whether it is empty",
     ),
     Patch(
+        "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+        "answer yes where layers at 16 bits share the pool with mixed pages",
+        "vLLM clears pages that a step takes where layers differ in precision, since old bytes may "
+        "read as NaN, but it asks for dtype and quantisation mode, which do not name ours",
+        "when a KV cache spec can say that its bytes are no numbers",
+    ),
+    Patch(
         "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
         "note which requests have a visual block, and which a text block where codes were",
         "the block table lives on the GPU, and a batch without visual pages must take vLLM's own "
@@ -180,6 +187,23 @@ def add_spec(spec: type, manager: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def clear_pages_beside(spec: type) -> None:
+    """Have vLLM clear the pages that a step takes where only some layers have this spec."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    original = KVCacheConfig.needs_kv_cache_zeroing.fget
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def needs_kv_cache_zeroing(self: Any) -> bool:
+        ours = {isinstance(group.kv_cache_spec, spec) for group in self.kv_cache_groups}
+        return len(ours) > 1 or original(self)
+
+    needs_kv_cache_zeroing.__calibquant__ = True  # type: ignore[attr-defined]
+    KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
 
 
 def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:

@@ -50,6 +50,7 @@ def register() -> None:
         compat.watch_block_tables()
         compat.add_text_graphs()
     compat.add_spec(MixedPageSpec, MixedPageManager)
+    compat.clear_pages_beside(MixedPageSpec)
     compat.wrap_platform("get_attn_backend_cls", select_backend)
     compat.wrap_platform("validate_request", admission.validate_request)
 

@@ -490,6 +490,57 @@ def test_chunks_of_an_image_fill_pages(budget):
     assert len({i % FIRST_TAG for i in ids[len(hit) :]}) == pages
 
 
+def serve(scheduler: Scheduler, *requests: Request, depth: int = 1) -> dict[str, RequestStatus]:
+    """How requests are after 100 steps, so many of them in flight; whole prompts from the first
+    preemption on.
+    """
+    known = {request.request_id: request for request in requests}
+    in_flight: deque[SchedulerOutput] = deque()
+    for _ in range(100):
+        output = scheduler.schedule()
+        if output.preempted_req_ids:
+            scheduler.max_num_scheduled_tokens = MAX_TOKENS
+        in_flight.append(output)
+        if len(in_flight) < depth:
+            continue
+        output = in_flight.popleft()
+        ends = SchedulerMachine.ends(output)
+        result = ModelRunnerOutput(
+            req_ids=[*ends],
+            req_id_to_index={request_id: i for i, request_id in enumerate(ends)},
+            sampled_token_ids=[[1] * (end >= known[i].num_tokens) for i, end in ends.items()],
+        )
+        scheduler.update_from_output(output, result)
+    return {request_id: request.status for request_id, request in known.items()}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_who_ran_out_of_pages_alone_is_computed_anew(depth):
+    """Pages that small chunks left partly filled; steps in flight are waited for, not judged."""
+    scheduler = make_scheduler(1, 28, asynchronous=True)
+    request = make_request("alone", [Text.of(5, 0), Media(1100, 0), Text.of(20, 0)], max_tokens=5)
+    scheduler.add_request(request)
+    scheduler.max_num_scheduled_tokens = 33
+    statuses = serve(scheduler, request, depth=depth)
+    assert request.num_preemptions > 0
+    assert statuses == {"alone": RequestStatus.FINISHED_LENGTH_CAPPED}
+
+
+def test_a_session_longer_than_the_pool_keeps_nobody_waiting():
+    scheduler = make_scheduler(1, 20)
+    session = make_request("session", [Text.of(200, 0)], max_tokens=2, resumable=True)
+    scheduler.add_request(session)
+    statuses = serve(scheduler, session)
+    assert statuses == {"session": RequestStatus.WAITING_FOR_STREAMING_REQ}
+    scheduler.add_request(make_request("session", [Text.of(200, 1)], 2, resumable=True))
+    other = make_request("other", [Text.of(20, 3)], max_tokens=2)
+    scheduler.add_request(other)
+    assert serve(scheduler, session, other) == {
+        "session": RequestStatus.FINISHED_ERROR,
+        "other": RequestStatus.FINISHED_LENGTH_CAPPED,
+    }
+
+
 def test_a_scheduler_without_mixed_pages_does_not_start():
     config = CONFIGS["calibquant1", False]
     config.cache_config.num_gpu_blocks = 10

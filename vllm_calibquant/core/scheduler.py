@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -12,6 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_calibquant.admission import chunk_tokens, too_long
 from vllm_calibquant.config import load_config
+from vllm_calibquant.core.blocks import distinct_pages
 from vllm_calibquant.core.layout import clip_chunk, prompt_pages
 from vllm_calibquant.core.manager import MixedPageManager
 from vllm_calibquant.core.report import capacity_line, profile_line
@@ -122,27 +124,35 @@ class MixedPageScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan a step; see to it that no request waits for pages that nobody will free."""
         output = super().schedule(*args, **kwargs)
-        if output.total_num_scheduled_tokens == 0 and not self.running and self.waiting:
+        if output.total_num_scheduled_tokens == 0 and not self.running:
             self._free_the_way()
         return output
 
     def _free_the_way(self) -> None:
-        """The first request waits though the pool is empty.
+        """The first request that could run waits though nobody else has pages.
 
         Chunks that were cut short beside other requests leave pages partly filled, and such pages
         can come back from the prefix cache; so it is computed anew, without the cache, and refused
-        if that does not help.
+        if that does not help.  A session of streaming input that has grown longer than the pool
+        keeps its pages from turn to turn, and is refused at once.
         """
-        pool = self.kv_cache_manager.block_pool
-        request = self.waiting.peek_request()
+        ready = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        waiting = chain(self.kv_holding_waiting, self.waiting)
+        request = next((r for r in waiting if r.status in ready), None)
         if (
-            self._pause_state != PauseState.UNPAUSED
-            or request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            request is None
+            or self._pause_state != PauseState.UNPAUSED
+            or request.num_stale_output_tokens  # vLLM waits for steps in flight, and goes on then
             or request.request_id in self.grammar_compile_error_reqs
-            or pool.get_num_free_blocks() < pool.num_gpu_blocks - 1
         ):
             return
-        if request.request_id in self._computed_anew:
+        pool = self.kv_cache_manager.block_pool
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        blocks = [m.req_to_blocks.get(request.request_id, ()) for m in managers]
+        held = sum(map(len, map(distinct_pages, blocks)))
+        if pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() > held:
+            return
+        if held or request.request_id in self._computed_anew:
             self._refuse(request)
         self._computed_anew.add(request.request_id)
         request.skip_reading_prefix_cache = True

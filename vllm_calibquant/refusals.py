@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import vllm.envs as envs
+
 from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
 from vllm_calibquant.format import GROUP, PageFormat
 from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, model_differences
@@ -60,6 +62,14 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         model.get_sliding_window() is not None,
         f"the model has sliding-window layers (window {model.get_sliding_window()}), which are not "
         "supported",
+    )
+    refuse(
+        model.attention_chunk_size or model.rswa_window,
+        "the model has layers with chunked or windowed attention, which are not supported",
+    )
+    refuse(
+        envs.VLLM_BATCH_INVARIANT,
+        "VLLM_BATCH_INVARIANT is set, but sums over visual pages depend on the batch; unset it",
     )
     if not model.use_mla and not model.is_attention_free:
         head_size = model.get_head_size()

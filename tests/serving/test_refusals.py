@@ -132,6 +132,7 @@ def test_other_dtypes_are_left_alone(tmp_path) -> None:
         (WHISPER, {}, "encoder-decoder"),
         (MAMBA, {}, "Mamba"),
         ({**LLAMA, "head_dim": 36}, {}, "head size 36 is not a multiple of 8"),
+        ({**LLAMA, "attention_chunk_size": 64}, {}, "chunked or windowed attention"),
         (LLAMA, {"block_size": 32}, "--block-size is 32; leave it unset or give 16"),
         (LLAMA, {"kv_offloading_size": 1.0}, "KV connectors and KV offloading"),
         (
@@ -163,6 +164,13 @@ def test_start_is_refused(tmp_path, model: dict, settings: dict, reason: str) ->
     with pytest.raises(ConfigError, match=reason) as error:
         start(tmp_path, model, **settings)
     assert "cannot be used" in sentence_of(error.value)
+
+
+def test_batch_invariance_is_refused(tmp_path, monkeypatch) -> None:
+    config = start(tmp_path, LLAMA)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ConfigError, match="VLLM_BATCH_INVARIANT is set"):
+        plugin.configure(lambda config: None, config)
 
 
 @pytest.mark.parametrize("size", ["decode_context_parallel_size", "prefill_context_parallel_size"])

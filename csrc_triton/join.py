@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .tables import cdiv, next_power_of_2
+from .tables import BLOCK, cdiv, next_power_of_2
 
 ROWS = 16
-BLOCK_SIZE = 16
 MAX_REQUESTS = 32
 """Most requests of a call: one compilation serves all numbers up to it."""
 
@@ -108,7 +107,7 @@ def join_context(
         kv_cache, *kv_cache.stride()[:3], block_table, block_table.stride(0),
         query_start_loc, key_start_loc, num_requests, keys, values,
         HEADS=heads, D=d, BD=next_power_of_2(d), BR=ROWS, BN=MAX_REQUESTS,
-        BLOCK=BLOCK_SIZE, num_warps=4,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return keys, values
 
@@ -128,7 +127,7 @@ def naive_join(
     for r, pages in enumerate(block_table.tolist()):
         own = slice(queries[r], queries[r + 1])
         for t in range(ends[r + 1] - ends[r] - (own.stop - own.start)):
-            row = kv_cache[pages[t // BLOCK_SIZE], :, t % BLOCK_SIZE]
+            row = kv_cache[pages[t // BLOCK], :, t % BLOCK]
             keys.append(row[None, :, :d])
             values.append(row[None, :, d:])
         keys.append(key[own])

@@ -61,6 +61,9 @@ LANES = 32
 GROUP = 8
 """Tokens in a token group and planes in a plane block."""
 
+BLOCK_SIZE = 2 * GROUP
+"""Tokens of a text block and of a sub-slot."""
+
 PLANE_MULTIPLE = 32
 MAX_SLOTS = 14
 """Sub-slots of a page that a tagged block id can name (:mod:`vllm_calibquant.tags`)."""
@@ -127,8 +130,8 @@ class PageFormat:
     def __post_init__(self) -> None:
         if self.head_size <= 0 or self.head_size % GROUP:
             raise ValueError(f"head size {self.head_size} is not a multiple of {GROUP}")
-        if self.block_size != 2 * GROUP:
-            raise ValueError(f"block size must be {2 * GROUP}, got {self.block_size}")
+        if self.block_size != BLOCK_SIZE:
+            raise ValueError(f"block size must be {BLOCK_SIZE}, got {self.block_size}")
         for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
             if len(bits) != self.head_size:
                 raise ValueError(f"{name} has {len(bits)} entries for head size {self.head_size}")

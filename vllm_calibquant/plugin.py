@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_calibquant import admission, compat
 from vllm_calibquant.config import ConfigError, bits_of, load_config
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.profile import exact_layers
-from vllm_calibquant.refusals import BLOCK_SIZE, check_config
+from vllm_calibquant.refusals import check_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import vllm.envs as envs
 
 from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
-from vllm_calibquant.format import GROUP, PageFormat
+from vllm_calibquant.format import BLOCK_SIZE, PageFormat
 from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, model_differences
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-BLOCK_SIZE = 2 * GROUP
 
 ON_CUDA = ("midpoint", "minmax", "quantile")
 """Range estimators that ``csrc_triton/store.py`` has: those of order statistics."""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from tests.core.harness import BLOCK, Media, Text, make_request, mixed_spec
-from vllm_calibquant.core.layout import clip_chunk, step_layout, visual_blocks
-from vllm_calibquant.core.report import capacity_line, request_pages
+from vllm_calibquant.core.layout import clip_chunk, prompt_pages, step_layout, visual_blocks
+from vllm_calibquant.core.report import capacity_line
 from vllm_calibquant.core.spans import Span, visual_spans
 
 slots = st.sampled_from([14, 7, 3])
@@ -194,9 +194,9 @@ def test_markers_and_separators_are_text():
 
 def test_pages_of_the_two_requests_of_the_issue():
     # 10 text, 3328 visual, 5 text, 128 generated: 207 visual blocks in 15 pages, 10 text blocks.
-    assert request_pages(mixed_spec(1), 3328, 10, 133) == 25
+    assert prompt_pages([Span(10, 3338)], 3471, 3471, block_size=BLOCK, slots=14) == 25
     # 5, 576, 8, 128: 35 visual blocks in 3 pages, 10 text blocks.
-    assert request_pages(mixed_spec(1), 576, 5, 136) == 13
+    assert prompt_pages([Span(5, 581)], 717, 717, block_size=BLOCK, slots=14) == 13
 
 
 def test_capacity_line():

@@ -173,7 +173,7 @@ def test_merge():
 
 def test_join():
     constants = {"HEADS": 4, "D": 80, "BD": 128, "BR": join.ROWS, "BN": join.MAX_REQUESTS,
-                 "BLOCK": join.BLOCK_SIZE}  # fmt: skip
+                 "BLOCK": join.BLOCK}  # fmt: skip
     compile_kernel(join._join_kernel, constants, 80, num_warps=4)
 
 

@@ -19,14 +19,12 @@ from vllm_calibquant.attention.reference import Calibration
 from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.config import DTYPE_BITS, CalibQuantConfig, load_config
 from vllm_calibquant.core.spec import MixedPageSpec
-from vllm_calibquant.format import GROUP
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.profile import Profile, load_profile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-BLOCK_SIZE = 2 * GROUP
 
 
 def load_config_of(vllm_config: VllmConfig) -> CalibQuantConfig:

@@ -19,7 +19,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_calibquant.attention.common import (
-    BLOCK_SIZE,
     MixedBackend,
     MixedLayer,
     bind_layers,
@@ -27,7 +26,7 @@ from vllm_calibquant.attention.common import (
 from vllm_calibquant.attention.reference import VisualPages, mixed_attention
 from vllm_calibquant.attention.store import store_visual, visual_mask
 from vllm_calibquant.core.spec import MixedPageSpec
-from vllm_calibquant.format import GROUP
+from vllm_calibquant.format import BLOCK_SIZE, GROUP
 from vllm_calibquant.tags import is_visual, page_of, slot_of
 
 

@@ -40,7 +40,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import csrc_triton as kernels
 from vllm_calibquant.attention.common import (
-    BLOCK_SIZE,
     MixedBackend,
     MixedLayer,
     bind_layers,
@@ -49,6 +48,7 @@ from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.attention.warmup import warm_up
 from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.core.spec import MixedPageSpec
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.quantize import RangeEstimator
 from vllm_calibquant.tags import is_visual
 from vllm_calibquant.text_graphs import GRAPH_KIND

@@ -14,7 +14,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_calibquant.attention.common import BLOCK_SIZE
+from vllm_calibquant.format import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_calibquant.calibrate.moments import Moments
-from vllm_calibquant.calibrate.probe import BATCH, BLOCK_SIZE, Answer, Probe, Reference, Score
+from vllm_calibquant.calibrate.probe import BATCH, Answer, Probe, Reference, Score
 from vllm_calibquant.calibrate.prompts import SYNTHETIC, Prompt, load_prompts
 from vllm_calibquant.calibrate.search import (
     Budget,
@@ -31,6 +31,7 @@ from vllm_calibquant.calibrate.search import (
     search,
 )
 from vllm_calibquant.config import ConfigError
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.profile import ModelIdentity, Profile, load_profile
 
 SHOWN = 3

@@ -30,7 +30,7 @@ from vllm_calibquant.attention.store import Codec
 from vllm_calibquant.calibrate.moments import Moments
 from vllm_calibquant.calibrate.prompts import Prompt
 from vllm_calibquant.config import SECTION, ConfigError
-from vllm_calibquant.format import GROUP
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.tags import is_visual, page_of, slot_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from vllm_calibquant.profile import Profile
 
-BLOCK_SIZE = 2 * GROUP
 BATCH = 16
 """Prompts whose images are prepared together."""
 CANDIDATES = 1024

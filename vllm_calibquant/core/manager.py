@@ -152,14 +152,14 @@ class MixedPageManager(FullAttentionManager):
         req_blocks = self.req_to_blocks[request_id]
         assert not req_blocks
         if self.enable_caching:
-            self.block_pool.touch(distinct_pages(list(new_computed_blocks)))
+            self.block_pool.touch(distinct_pages(new_computed_blocks))
         req_blocks.extend(new_computed_blocks)
         self.ledger.hold(visual_pages(req_blocks))
         self.num_cached_block[request_id] = len(req_blocks)
 
     @classmethod
     def _get_num_evictable_blocks(cls, blocks: Sequence[Block]) -> int:
-        pages = distinct_pages(list(blocks))
+        pages = distinct_pages(blocks)
         return sum(page.ref_cnt == 0 and not page.is_null for page in pages)
 
     # Prefix cache.
@@ -177,7 +177,7 @@ class MixedPageManager(FullAttentionManager):
         full = num_tokens // self.block_size
         if done >= full:
             return
-        blocks: list[Any] = list(self.req_to_blocks[request.request_id][:full])
+        blocks: list[Any] = self.req_to_blocks[request.request_id][:full]
         for i in range(done, full):
             block = blocks[i]
             if isinstance(block, VisualBlock):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_calibquant.core.layout import step_layout
+from vllm_calibquant.core.layout import prompt_pages
 from vllm_calibquant.core.spans import Span
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.profile import Profile
@@ -12,31 +12,6 @@ from vllm_calibquant.profile import Profile
 TYPICAL_VISUAL = 1024
 TYPICAL_TEXT = 256
 """Tokens of the request that the line counts: an image first, then question and answer."""
-
-
-def request_pages(spec: MixedPageSpec, visual: int, before: int, after: int) -> int:
-    """Pages that a request of one image takes, its prompt computed in one step.
-
-    Parameters
-    ----------
-    spec
-        KV cache spec of the layers.
-    visual
-        Visual tokens, one span.
-    before, after
-        Text tokens before and after the span, generated ones included.
-    """
-    tokens = before + visual + after
-    layout = step_layout(
-        [Span(before, before + visual)],
-        0,
-        tokens,
-        first_block=0,
-        num_blocks=-(-tokens // spec.block_size),
-        block_size=spec.block_size,
-        slots=spec.slots,
-    )
-    return layout.num_pages
 
 
 def capacity_line(cache_dtype: str, spec: MixedPageSpec, num_pages: int, num_layers: int) -> str:
@@ -56,7 +31,10 @@ def capacity_line(cache_dtype: str, spec: MixedPageSpec, num_pages: int, num_lay
     text_tokens = num_pages * spec.block_size
     visual_tokens = text_tokens * spec.slots
     stock = num_pages // -(-(TYPICAL_TEXT + TYPICAL_VISUAL) // spec.block_size)
-    mixed = num_pages // request_pages(spec, TYPICAL_VISUAL, 16, TYPICAL_TEXT - 16)
+    image, tokens = Span(16, 16 + TYPICAL_VISUAL), TYPICAL_VISUAL + TYPICAL_TEXT
+    mixed = num_pages // prompt_pages(
+        [image], tokens, tokens, block_size=spec.block_size, slots=spec.slots
+    )
     precision = str(spec.dtype).removeprefix("torch.")
     mib = num_pages * num_layers * spec.page_size_bytes / 2**20
     return (

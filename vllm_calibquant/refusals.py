@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import vllm.envs as envs
-
 from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
 from vllm_calibquant.format import BLOCK_SIZE, PageFormat
 from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, model_differences
@@ -35,6 +33,9 @@ def check_config(vllm_config: VllmConfig) -> None:
 
 def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     """Reasons why a configuration cannot be served, empty if there is none."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     parallel = vllm_config.parallel_config
@@ -111,6 +112,11 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         "speculative decoding (--speculative-config) is not supported",
     )
     refuse(cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is not supported")
+    refuse(
+        vllm_config.device_config.device_type != "cpu"
+        and not (current_platform.is_cuda() and current_platform.has_device_capability(80)),
+        "the GPU is none of NVIDIA's with compute capability 8.0 (Ampere) or more",
+    )
     refuse(
         vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner,
         "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "

@@ -185,12 +185,13 @@ def test_context_parallelism_is_refused(tmp_path, size: str) -> None:
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
+        ({"bits": 1}, "compute capability 8.0"),  # a CPU has none
         ({"range_scope": "request"}, "range_scope is request, which has no CUDA kernel"),
         ({"range_estimator": "two-means"}, "range_estimator is two-means, which has no CUDA"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
-def test_ranges_without_a_kernel_are_refused_on_cuda(tmp_path, section: dict, reason: str) -> None:
+def test_what_has_no_kernel_is_refused_on_cuda(tmp_path, section: dict, reason: str) -> None:
     """A finished configuration of the CPU, which serves them, is given another device."""
     config = start(tmp_path, LLAMA, additional_config={"calibquant": section})
     config.device_config.device_type = "cuda"

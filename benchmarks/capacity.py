@@ -26,9 +26,9 @@ from vllm_calibquant.config import DTYPE_BITS, CalibQuantConfig
 from vllm_calibquant.core.layout import clip_chunk
 from vllm_calibquant.core.manager import MixedPageManager
 from vllm_calibquant.core.spec import MixedPageSpec
+from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.tags import is_visual
 
-BLOCK_SIZE = 16
 CHUNK = 2048
 """Tokens of a prefill chunk at most."""
 

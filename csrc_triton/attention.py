@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 
 from vllm_calibquant.attention.reference import LEAST_EXTENT
-
-from .tables import TAG_SHIFT
+from vllm_calibquant.tags import TAG_SHIFT
 
 _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)

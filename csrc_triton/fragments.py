@@ -26,9 +26,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from vllm_calibquant.attention.reference import LEAST_EXTENT
+from vllm_calibquant.tags import TAG_SHIFT
 
 from .gluon_compat import async_load
-from .tables import TAG_SHIFT
 
 TAG = gl.constexpr(TAG_SHIFT)
 PAGE_MASK = gl.constexpr((1 << TAG_SHIFT) - 1)

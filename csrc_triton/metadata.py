@@ -29,8 +29,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_calibquant.tags import TAG_SHIFT
+
 from .launch import launch
-from .tables import BLOCK, TAG_SHIFT
+from .tables import BLOCK
 
 _TAG = tl.constexpr(TAG_SHIFT)
 _PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)

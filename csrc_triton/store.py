@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 
 from vllm_calibquant.format import PageFormat, tile_slots
+from vllm_calibquant.tags import TAG_SHIFT
 
 from .launch import launch
 from .metadata import StepTables
 from .tables import (
     BLOCK,
-    TAG_SHIFT,
     DeviceFormat,
     cache_words,
     cdiv,

@@ -14,9 +14,6 @@ import torch
 
 from vllm_calibquant.format import BLOCK_SIZE, PageFormat, plane_map
 
-TAG_SHIFT = 23
-"""Bits of a tagged block id that name the page; the bits above are 1 + sub-slot (0 for text)."""
-
 BLOCK = BLOCK_SIZE
 """Tokens of a text block and of a sub-slot."""
 

@@ -343,12 +343,12 @@ def _bit_positions(slots: int, planes: int, transposed: bool) -> torch.Tensor:
     Returns int64 ``[slots * 16 * planes]``: for each (token, plane) in row-major order, the index
     of its bit in the part, counting bits of a byte and bytes of a word from the low end.
     """
-    where = torch.empty(slots * 2 * GROUP, planes, dtype=torch.int64)
+    where = torch.empty(slots * BLOCK_SIZE, planes, dtype=torch.int64)
     first_plane = 0
     for size in sections(planes):
         for first, count in tiles(slots, size):
             token, plane = torch.meshgrid(
-                torch.arange(count * 2 * GROUP), torch.arange(size), indexing="ij"
+                torch.arange(count * BLOCK_SIZE), torch.arange(size), indexing="ij"
             )
             in_token, in_plane = token % GROUP, plane % GROUP
             row, column = (in_plane, in_token) if transposed else (in_token, in_plane)
@@ -357,7 +357,7 @@ def _bit_positions(slots: int, planes: int, transposed: bool) -> torch.Tensor:
             words = count * size // 64  # of a lane
             begin = slots * first_plane // 2 + first * size // 2
             bit = (begin + lane * words + pair // 16) * 32 + half * 16 + pair % 16
-            rows = slice(first * 2 * GROUP, (first + count) * 2 * GROUP)
+            rows = slice(first * BLOCK_SIZE, (first + count) * BLOCK_SIZE)
             where[rows, first_plane : first_plane + size] = bit
         first_plane += size
     return where.flatten()
@@ -379,7 +379,7 @@ def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         uint8 ``[..., slots * 2 * P]``.
     """
     tokens, p = planes.shape[-2:]
-    where = _bit_positions_on(planes.device, tokens // (2 * GROUP), p, transposed)
+    where = _bit_positions_on(planes.device, tokens // BLOCK_SIZE, p, transposed)
     bits = torch.empty_like(planes.flatten(-2))
     bits[..., where] = planes.flatten(-2)
     weights = (1 << torch.arange(8, device=planes.device)).to(torch.uint8)
@@ -388,8 +388,8 @@ def pack_planes(planes: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 def unpack_planes(code: torch.Tensor, planes: int, *, transposed: bool) -> torch.Tensor:
     """Inverse of :func:`pack_planes`: ``[..., slots * 2 * P]`` to ``[..., slots * 16, P]``."""
-    slots = code.shape[-1] * 8 // planes // (2 * GROUP)
+    slots = code.shape[-1] * 8 // planes // BLOCK_SIZE
     where = _bit_positions_on(code.device, slots, planes, transposed)
     shifts = torch.arange(8, device=code.device, dtype=torch.uint8)
     bits = ((code[..., None] >> shifts) & 1).flatten(-2)
-    return bits[..., where].unflatten(-1, (slots * 2 * GROUP, planes))
+    return bits[..., where].unflatten(-1, (slots * BLOCK_SIZE, planes))

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 TAG_SHIFT = 23
+"""Bits of a tagged block id that name the page; the bits above are 1 + sub-slot (0 for text)."""
 MAX_PAGES = 1 << TAG_SHIFT
 PAGE_MASK = MAX_PAGES - 1
 

@@ -468,7 +468,9 @@ def _launch_gluon(
     text_tiles = cdiv(num_tokens, BLOCK)
     head_step = min(num_heads, max(TEXT_PROGRAMS // text_tiles, 1))
     if not _stores_uniform(fmt):
-        _launch_profile(tables, fmt, key, value, kv_cache, words, slot_mapping, visual, head_step)
+        _launch_profile(
+            tables, fmt, key, value, kv_cache, words, slot_mapping, visual, text_tiles, head_step
+        )
         return
     constants = gluon_constants(fmt)
     warps = constants["NUM_WARPS"]
@@ -494,6 +496,7 @@ def _launch_profile(
     words: torch.Tensor,
     slot_mapping: torch.Tensor,
     visual: int,
+    text_tiles: int,
     head_step: int,
 ) -> None:
     num_tokens, num_heads = key.shape[:2]
@@ -505,7 +508,6 @@ def _launch_profile(
     scratch = torch.empty(
         programs * page.tokens * page.head_size // 2, dtype=torch.int32, device=key.device
     )
-    text_tiles = cdiv(num_tokens, BLOCK)
     launch(
         _profile_store_kernel, (programs + text_tiles * head_step,),
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),

@@ -115,7 +115,8 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     refuse(
         vllm_config.device_config.device_type != "cpu"
         and not (current_platform.is_cuda() and current_platform.has_device_capability(80)),
-        "the GPU is none of NVIDIA's with compute capability 8.0 (Ampere) or more",
+        "the GPU is none of NVIDIA's with compute capability 8.0 (Ampere) or more; leave "
+        "--kv-cache-dtype at auto",
     )
     refuse(
         vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner,

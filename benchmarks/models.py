@@ -1,4 +1,4 @@
-"""Checkpoint directories of real shape without weights, for ``--load-format dummy``.
+"""Checkpoint directories of real shape without weights, for ``--load-format dummy``, and profiles.
 
 Speed depends on shapes and not on the values of weights, so a benchmark needs no download: a
 directory has the configuration of the published model, a byte tokenizer and the model's own image
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -183,6 +184,75 @@ def make_model(name: str, directory: Path | str, max_length: int = 32768) -> Pat
     # Dummy weights sample any token; a stop token must not end a request early.
     (directory / "generation_config.json").write_text(json.dumps({}), encoding="utf-8")
     return directory
+
+
+def make_profile(directory: Path, bits: float) -> Path:
+    """Write a profile for a directory of :func:`make_model`, of random moments.
+
+    Bases and bits are what ``calibrate`` finds in closed form for them.  How steeply the worth of
+    components falls differs from layer to layer, so that planes are split among K and V in several
+    ways, as in real profiles.
+
+    Parameters
+    ----------
+    directory
+        Of the model.
+    bits
+        On average.
+
+    Returns
+    -------
+    Path
+        Of the profile, in the same directory.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_calibquant.calibrate.moments import Moments
+    from vllm_calibquant.calibrate.search import Budget, Choice, Designer
+    from vllm_calibquant.profile import ModelIdentity
+
+    model = ModelIdentity.of(EngineArgs(str(directory)).create_model_config())
+    heads, d = model.num_kv_heads, model.head_size
+    generator = torch.Generator().manual_seed(0)
+
+    def matrices(fall: float) -> torch.Tensor:
+        """Of each head, with eigenvalues from 1 down to about exp(-fall)."""
+        random = torch.randn(heads, d, d, dtype=torch.float64, generator=generator)
+        vectors = torch.linalg.qr(random)[0]
+        return vectors * (torch.arange(d) * -fall / d).exp() @ vectors.mT
+
+    moments = {}
+    for layer in range(model.num_layers):
+        found = Moments.zeros(heads, d, torch.device("cpu"))
+        found.query, found.output = matrices(0.0), matrices(0.0)
+        found.key, found.value = matrices(5.0), matrices(4.0) * (0.2, 0.4, 0.8)[layer % 3]
+        found.weights += 1
+        moments[layer] = found
+    path = directory / f"profile{bits:g}.safetensors"
+    Designer(model, Budget.of(d, bits), moments).profile(Choice()).save(path)
+    return path
+
+
+def cache_settings(name: str, directory: Path) -> dict[str, Any]:
+    """Engine arguments of a KV cache dtype and what may follow it.
+
+    Parameters
+    ----------
+    name
+        A KV cache dtype, alone or before ``+hadamard`` or, for a profile of 1.25 bits,
+        ``+profile1.25``.
+    directory
+        Of the model, where a profile is made if it has none yet.
+    """
+    dtype, _, option = name.partition("+")
+    section = {}
+    if option == "hadamard":
+        section = {"transform": option}
+    elif option:
+        bits = float(option.removeprefix("profile"))
+        section = {"profile": str(make_profile(directory, bits))}
+    extra = {"additional_config": {"calibquant": section}} if section else {}
+    return {"kv_cache_dtype": dtype, **extra}
 
 
 def image_placeholder(name: str) -> str:

@@ -47,6 +47,10 @@ LABELS = {
     "turboquant_4bit_nc": "`turboquant_4bit_nc`",
     "turboquant_3bit_nc": "`turboquant_3bit_nc`",
     "calibquant1": "**`calibquant1`**",
+    "calibquant1+hadamard": "`calibquant1`, `transform: hadamard`",
+    "calibquant1+profile1": "`calibquant1`, profile of 1 bit",
+    "calibquant1+profile1.25": "`calibquant1`, profile of 1.25 bits",
+    "calibquant1+profile1.5": "`calibquant1`, profile of 1.5 bits",
     "calibquant2": "`calibquant2`",
     "calibquant4": "`calibquant4`",
 }

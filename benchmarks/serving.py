@@ -211,7 +211,7 @@ class HttpServers:
     """
 
     def __init__(self, job: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
-        from benchmarks.models import make_model
+        from benchmarks.models import cache_settings, make_model
 
         self.job = job
         stem = f"http-{job['model']}-{job['dtype']}"
@@ -224,7 +224,10 @@ class HttpServers:
             arguments = [*arguments, "--gpu-memory-utilization", f"{share:.2f}"]
         self.servers = {
             dtype: serving_http.Server(
-                self.directory, dtype, arguments, logs / f"{stem}-{dtype}.log", env
+                self.directory,
+                [*serving_http.as_options(cache_settings(dtype, self.directory)), *arguments],
+                logs / f"{stem}-{dtype}.log",
+                env,
             )
             for dtype in job["dtypes"]
         }
@@ -374,7 +377,12 @@ def main(argv: list[str] | None = None) -> Path | None:
     """Command line; returns the record, if one was made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=words, help="names of benchmarks.models")
-    parser.add_argument("--dtypes", type=words, help="KV cache dtypes, stock first")
+    parser.add_argument(
+        "--dtypes",
+        type=words,
+        help="KV cache dtypes, stock first; calibquant1+profile1.25 has a profile of so many bits, "
+        "calibquant1+hadamard the transform",
+    )
     parser.add_argument("--scenarios", type=words, help=",".join(SCENARIOS))
     parser.add_argument("--budgets", type=words, help="KV budgets in GB, the first one at length")
     parser.add_argument("--limit", type=float, default=120, help="seconds a scenario may take")

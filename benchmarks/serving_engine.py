@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.models import image_placeholder, noise_image
+from benchmarks.models import cache_settings, image_placeholder, noise_image
 
 FORCED_FLASH_VERSION = 3
 """vLLM asks TurboQuant for FlashAttention 2, because version 3 did not work in layers that it
@@ -108,7 +108,7 @@ class BenchEngine:
     name, directory
         Model and its checkpoint directory.
     kv_cache_dtype
-        KV cache dtype.
+        KV cache dtype, perhaps with a transform or profile (:func:`.models.cache_settings`).
     kv_bytes
         Bytes of the largest pool.
     settings
@@ -136,9 +136,8 @@ class BenchEngine:
             "kv_cache_memory_bytes": kv_bytes,
             **settings,
         }
-        config = EngineArgs(
-            model=str(directory), kv_cache_dtype=kv_cache_dtype, **arguments
-        ).create_engine_config()
+        arguments = {**cache_settings(kv_cache_dtype, directory), **arguments}
+        config = EngineArgs(model=str(directory), **arguments).create_engine_config()
         if kv_cache_dtype.startswith("turboquant"):
             config.attention_config.flash_attn_version = FORCED_FLASH_VERSION
         self.name, self.dtype, self.config = name, kv_cache_dtype, config

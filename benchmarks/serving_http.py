@@ -140,7 +140,7 @@ class Server:
     """``vllm serve`` on a free port, once it is started."""
 
     def __init__(
-        self, directory: Path, dtype: str, arguments: list[str], log: Path, env: dict[str, str]
+        self, directory: Path, arguments: list[str], log: Path, env: dict[str, str]
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -149,7 +149,7 @@ class Server:
         log.unlink(missing_ok=True)
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
         self.command += ["--load-format", "dummy", "--port", str(self.port)]
-        self.command += ["--kv-cache-dtype", dtype, *arguments]
+        self.command += arguments
         self.process: subprocess.Popen[bytes] | None = None
 
     def get(self, path: str) -> str:

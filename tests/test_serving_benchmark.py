@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report, serving, serving_http, serving_summary
+from benchmarks.models import cache_settings, make_model
 from benchmarks.records import commit, record_path, save_record
 from benchmarks.serving_scenarios import DRY_RUN, Plan
 from benchmarks.serving_summary import (
@@ -28,6 +29,8 @@ from benchmarks.serving_summary import (
     ratio,
     summary_lines,
 )
+from vllm_calibquant.config import load_config
+from vllm_calibquant.profile import load_profile
 
 ROOT = Path(__file__).parents[1]
 
@@ -523,3 +526,24 @@ def test_a_readme_edited_by_hand_is_noticed(tmp_path: Path):
     assert len(report.problems({readme: report.REGIONS}, tmp_path)) == 1
     with pytest.raises(ValueError, match="are needed, once each"):
         report.render("no marks", tmp_path)
+
+
+def test_a_dtype_may_have_a_transform_or_a_profile(tmp_path: Path):
+    directory = make_model("internvl-tiny", tmp_path / "model")
+    assert cache_settings("fp8", directory) == {"kv_cache_dtype": "fp8"}
+    turned = cache_settings("calibquant1+hadamard", directory)
+    assert load_config(**as_given(turned)).transform == "hadamard"
+    learned = cache_settings("calibquant1+profile1", directory)
+    path = load_config(**as_given(learned)).profile
+    assert path is not None
+    profile = load_profile(path)
+    assert profile.average_bits == 1
+    assert {layer.key.bits.count(0) > 0 for layer in profile.layers.values()} == {True}
+    assert len({sum(layer.key.bits) for layer in profile.layers.values()}) > 1
+
+
+def as_given(settings: dict) -> dict:
+    return {
+        "cache_dtype": settings["kv_cache_dtype"],
+        "additional_config": settings["additional_config"],
+    }

@@ -93,6 +93,8 @@ SETTINGS = (
     "calibquant1 range_estimator=unbiased-slope",
     "calibquant1 range_estimator=two-means",
     "calibquant1 range_scope=request",
+    "calibquant1 transform=hadamard",
+    "calibquant2 transform=hadamard",
     "calibquant1 calibration=true",
     "calibquant1 layers_16bit=[0]",
 )

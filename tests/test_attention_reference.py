@@ -281,7 +281,7 @@ def test_calibration_off_is_not_calibration_by_zero_shifts_of_something_else():
 def test_store_writes_its_pages_and_no_others(bits, dtype):
     """Tokens of two requests in any order; ranges come from the tokens of each page alone."""
     config = CalibQuantConfig(bits=bits)
-    codec = Codec.of(config, D, dtype)
+    codec = Codec.of(config, 2, D, dtype)
     fmt = codec.page_format
     generator = torch.Generator().manual_seed(bits)
     filled = {3: fmt.slots, 7: 2, 1: fmt.slots - 1}  # page: sub-slots
@@ -331,7 +331,7 @@ def test_visual_slots_are_told_from_text_and_padding():
 def test_keys_with_large_offsets_survive(bits, bound):
     """Channels far from 0 (Qwen2-VL) cost nothing: offsets are exact up to rounding."""
     generator = torch.Generator().manual_seed(0)
-    codec = Codec.of(CalibQuantConfig(bits=bits, calibration=False), D, torch.float32)
+    codec = Codec.of(CalibQuantConfig(bits=bits, calibration=False), 1, D, torch.float32)
     fmt = codec.page_format
     tokens = fmt.tokens
     key = torch.randn(tokens, 1, D, generator=generator)

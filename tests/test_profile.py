@@ -12,7 +12,7 @@ from tests.serving.test_refusals import LLAMA, start
 from tests.tinyvlm.profiles import WIDTHS as AVERAGES
 from tests.tinyvlm.profiles import profile_path
 from tests.tinyvlm.unpack import model_path
-from vllm_calibquant.attention.basis import Basis
+from vllm_calibquant.attention.basis import Basis, hadamard
 from vllm_calibquant.attention.reference import Calibration, VisualPages, mixed_attention
 from vllm_calibquant.attention.store import Codec, store_visual
 from vllm_calibquant.config import ConfigError, load_config
@@ -228,6 +228,19 @@ def test_a_basis_moves_to_the_other_side(dtype: torch.dtype) -> None:
     back = basis.output(y[None].to(dtype))
     expected = torch.einsum("hn,nhd->hd", weights, x.float()[:, heads])
     torch.testing.assert_close(back[0].float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [8, 24, 64, 80, 128])
+def test_hadamard_spreads_a_channel_over_its_block(size: int) -> None:
+    found, block = hadamard(size), size & -size
+    torch.testing.assert_close(found @ found, torch.eye(size))
+    assert torch.equal(found, found.T)
+    for i, row in enumerate(found):
+        start = i // block * block
+        assert torch.equal(row.nonzero().flatten(), torch.arange(start, start + block))
+        torch.testing.assert_close(
+            row[start : start + block].abs(), torch.full((block,), block**-0.5)
+        )
 
 
 @pytest.mark.parametrize("calibration", [None, Calibration(0.5, 2.0)])

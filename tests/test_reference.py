@@ -214,8 +214,12 @@ def test_vllm_equals_equations(oracle, serve, style: str, bits: int, shape: str)
             {"preset": "calibquant-paper", "range_scope": "request"},
             Method(2, calibrate=True, per_request=True),
         ),
+        (
+            {"transform": "hadamard"},
+            replace(Method.default(1), hadamard=True),
+        ),
     ],
-    ids=["paper", "factors", "quantile", "layers", "request"],
+    ids=["paper", "factors", "quantile", "layers", "request", "transform"],
 )
 def test_vllm_equals_equations_with_settings(oracle, serve, settings, method, shape) -> None:
     answer = serve("llava", method.bits, json.dumps(settings))[shape]
@@ -362,6 +366,7 @@ def test_quantisation_matters(oracle, style: str, bits: int, shape: str) -> None
         {"tau_min": 0.5},
         {"about_midpoint": True},
         {"per_request": True},
+        {"hadamard": True},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -188,20 +189,26 @@ def of_profile(head_size: int, dtype: torch.dtype = torch.bfloat16) -> Codec:
     return Codec.of_profile(profile, 0, slice(0, 2), dtype)
 
 
+def of_width(num_kv_heads: int, head_size: int, **settings: Any) -> Codec:
+    config = load_config("calibquant1", {"calibquant": settings})
+    return Codec.of(config, num_kv_heads, head_size, torch.bfloat16)
+
+
 CASES = {
-    "1 bit": (Codec.of(load_config("calibquant1", {}), 128, torch.bfloat16), 28, 4, {}),
+    "1 bit": (of_width(4, 128), 28, 4, {}),
     "1 bit, calibrated, a head each": (
-        Codec.of(load_config("calibquant1", {}), 128, torch.bfloat16),
+        of_width(8, 128),
         8,
         8,
         {"preset": "calibquant-paper"},
     ),
     "plain Triton, a lone KV head": (
-        Codec.of(load_config("calibquant1", {}), 80, torch.bfloat16),
+        of_width(1, 80),
         16,
         1,
         {"preset": "calibquant-paper", "range_estimator": "quantile"},
     ),
+    "1 bit, transformed": (of_width(4, 128, transform="hadamard"), 28, 4, {}),
     "profile": (of_profile(64), 12, 2, {"preset": "calibquant-paper"}),
     "profile, plain Triton": (of_profile(32), 4, 2, {}),
 }

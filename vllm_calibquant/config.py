@@ -27,6 +27,7 @@ BESIDE_PROFILE = ("bits", "modalities", "layers_16bit", "profile")
 Modality = Literal["image", "video"]
 Estimator = Literal["midpoint", "minmax", "quantile", "two-means", "unbiased-slope"]
 RangeScope = Literal["page", "request"]
+Transform = Literal["none", "hadamard"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ class CalibQuantConfig(BaseModel):
     """Which tokens share the range of a channel: those of a page, or all visual tokens of a request
     that one step computes, as published (arXiv 2502.14882, Sec. 3).  Pages of such a step then hold
     equal ranges; later chunks of the request have their own.  CUDA serves ``page`` alone."""
+
+    transform: Transform = "none"
+    """What K and V are multiplied by before they are coded: nothing, or the Walsh-Hadamard matrix
+    (AKVQ-VL, arXiv 2501.15021), which spreads each channel over all; queries and outputs are
+    multiplied likewise, at the cost of a small product a layer.  Unlike a profile it needs no
+    data."""
 
     quantile: float = Field(default=0.02, ge=0.0, lt=0.5)
     """Share of a channel's values outside the range at either end, for ``quantile``."""

@@ -31,16 +31,21 @@ GRAPHS = {"enforce_eager": False, "max_num_seqs": 32, "dtype": "bfloat16"}
 EAGER = {"enforce_eager": True, "max_num_seqs": 32, "dtype": "bfloat16"}
 PROFILE = "calibquant1 with a profile"
 PAPER = "calibquant1 as published"
+TURNED = "calibquant1 transformed"
+EXACT = (0, 1, 2)
+BESIDE = f"calibquant1 beside layers {EXACT} at 16 bits"
 OPTIONS = {
     PROFILE: {"profile": str(profile_path(1.25))},
+    BESIDE: {"layers_16bit": EXACT},
     PAPER: {"preset": "calibquant-paper"},  # with calibration
+    TURNED: {"transform": "hadamard"},
 }
 """Our settings beside the first word, which is the KV cache dtype."""
 TEXTS = ("How many red circles?", "What is the serial? " * 20, "Read line 3.\n" * 40)
 
 
 def start(path: Path, kind: str, **settings: Any) -> Engine:
-    """An engine of a KV cache dtype, or of :data:`PROFILE` or :data:`PAPER`."""
+    """An engine of a KV cache dtype, or of one of :data:`OPTIONS`."""
     settings = {"gpu_memory_utilization": 0.3, **settings}  # the GPU may have other work
     return Engine(path, kind.split()[0], OPTIONS.get(kind), **settings)
 
@@ -67,21 +72,21 @@ def run(kind: str, **settings: Any) -> dict[str, list[Answer]]:
 def answers() -> dict[tuple[str, bool], dict[str, list[Answer]]]:
     """Answers of all engines, by dtype and whether CUDA graphs were on."""
     found = {}
-    for dtype in ("auto", "calibquant1", "calibquant2", "calibquant4", PROFILE):
+    for dtype in ("auto", "calibquant1", "calibquant2", "calibquant4", PROFILE, BESIDE):
         found[dtype, False] = run(dtype, **EAGER)
-    for dtype in ("auto", "calibquant1", PROFILE):
+    for dtype in ("auto", "calibquant1", PROFILE, BESIDE):
         found[dtype, True] = run(dtype, **GRAPHS)
     return found
 
 
-@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE])
+@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE, BESIDE])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_text_is_bit_identical_to_stock(answers, graphs, dtype):
     stock, ours = answers["auto", graphs], answers[dtype, graphs]
     assert [a.said for a in ours["text"]] == [a.said for a in stock["text"]]
 
 
-@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE])
+@pytest.mark.parametrize("dtype", ["calibquant1", PROFILE, BESIDE])
 @pytest.mark.parametrize("kind", ["cold", "warm", "other", "mixed"])
 def test_graphs_give_the_tokens_of_eager_execution(answers, kind, dtype):
     eager, graphs = answers[dtype, False][kind], answers[dtype, True][kind]
@@ -106,8 +111,9 @@ def test_wide_codes_answer_as_16_bits_do(answers):
         assert worst < bound, dtype
 
 
+@pytest.mark.parametrize("kind", ["calibquant1", BESIDE])
 @pytest.mark.parametrize("settings", [EAGER, GRAPHS], ids=["eager", "graphs"])
-def test_text_where_codes_were_is_that_of_stock(settings, monkeypatch):
+def test_text_where_codes_were_is_that_of_stock(settings, kind, monkeypatch):
     rows = BlockRows()  # without the pages of other engines in this process
     monkeypatch.setattr("vllm_calibquant.compat.BLOCK_ROWS", rows)
     monkeypatch.setattr("vllm_calibquant.attention.cuda.BLOCK_ROWS", rows)
@@ -116,13 +122,13 @@ def test_text_where_codes_were_is_that_of_stock(settings, monkeypatch):
     texts = [f"{i} {text}" for i in range(2) for text in TEXTS]
     with start(model_path(), "auto", **settings, kv_cache_memory_bytes=1 << 28) as engine:
         stock = engine.ask(*map(engine.prompt, texts), max_tokens=48, ignore_eos=True)
-    with start(model_path(), "calibquant1", **settings, kv_cache_memory_bytes=8 << 20) as engine:
+    with start(model_path(), kind, **settings, kv_cache_memory_bytes=8 << 20) as engine:
         for question in questions:
             engine.ask(engine.prompt(question.question, question.image))
-        # Codes are any bytes: these read as NaN.
+        # Codes are any bytes: these read as NaN, in layers at 16 bits too, whose bytes they are.
         old = rows._code_pages.copy()
         assert len(old) > 30
-        for cache in engine.caches:
+        for cache in engine.caches[len(EXACT) if kind == BESIDE else 0 :]:
             cache.view(torch.uint8)[sorted(old)] = 0xFF
         engine.forget()
         ours = engine.ask(*map(engine.prompt, texts), max_tokens=48, ignore_eos=True)
@@ -147,7 +153,7 @@ def test_tensor_parallel_ranks_answer_as_one(kind, monkeypatch):
         assert right >= len(questions) - 2
 
 
-@pytest.mark.parametrize("kind", ["calibquant1", PAPER, PROFILE])
+@pytest.mark.parametrize("kind", ["calibquant1", PAPER, TURNED, PROFILE])
 def test_no_request_waits_for_a_compiler(kind, monkeypatch):
     """What the start compiles, counted without a GPU in ``tests/test_warmup.py``, is all."""
     for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
@@ -182,6 +188,7 @@ LARGE = ["llava-1.5-7b", *filter(None, os.environ.get("GPU_MODELS", "").split(",
         *(("tinyvlm", f"calibquant{bits}") for bits in (1, 2, 4)),
         ("tinyvlm", PROFILE),
         ("tinyvlm", PAPER),
+        ("tinyvlm", TURNED),
         *((name, "calibquant1") for name in dict.fromkeys(LARGE)),
     ],
 )

@@ -61,6 +61,15 @@ def test_decode_widths(bits, group):
                     kernel="auto", device="cuda")  # fmt: skip
 
 
+@pytest.mark.parametrize("kernel", ["triton", "gluon"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("group", [1, 7])
+def test_decode_one_width_in_a_basis(kernel, bits, calibration, group):
+    test_decode.run(make_format(128, bits), group=group, plans=LONG, calibration=calibration,
+                    kernel=kernel, device="cuda", in_basis=True)  # fmt: skip
+
+
 @pytest.mark.parametrize("in_basis", [False, True])
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize("sms", [1, 9])
@@ -190,8 +199,11 @@ def test_join_context(case, head_size):
     test_join.run(test_join.CASES[case], 4, head_size, device="cuda")
 
 
-@pytest.mark.parametrize("profile", [False, True])
-def test_graph_replays_follow_the_tables(profile):
+@pytest.mark.parametrize(
+    ("profile", "in_basis"),
+    [(False, False), (False, True), (True, True)],
+)
+def test_graph_replays_follow_the_tables(profile, in_basis):
     _, key, value, _, _ = test_decode.PROFILES["160 + 96 planes"]
     bits = (counted_bits(128, *key), counted_bits(128, *value)) if profile else 1
-    test_decode.run_graph(make_format(128, bits), group=7, heads=4, in_basis=profile)
+    test_decode.run_graph(make_format(128, bits), group=7, heads=4, in_basis=in_basis)

@@ -45,6 +45,8 @@ class Method:
         Whether the factors draw the extremes towards their midpoint, and not towards zero.
     per_request
         Whether all pages of a prompt share their ranges.
+    hadamard
+        Whether K and V are coded after a Walsh-Hadamard transform.
     exact_layers
         Decoder layers that are left alone.
     profile
@@ -63,6 +65,7 @@ class Method:
     quantile: float = 0.0
     about_midpoint: bool = False
     per_request: bool = False
+    hadamard: bool = False
     exact_layers: tuple[int, ...] = ()
     profile: Path | None = None
     slots: int = 0
@@ -166,6 +169,12 @@ def fake_quantise(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
     """Quantise and dequantise: what the codes say of ``x`` (see :func:`quantise`), in float32."""
     steps, scale, low = quantise(x, bits, clip)
     return low + scale * steps.round()
+
+
+def _walsh_hadamard(size: int) -> torch.Tensor:
+    """Return the matrix of (-1)^(number of bits that i and j share) over the root of its size."""
+    shared = [[(i & j).bit_count() for j in range(size)] for i in range(size)]
+    return (-1.0) ** torch.tensor(shared) / size**0.5
 
 
 def calibrate(scores: torch.Tensor, tau_min: float, tau_max: float) -> torch.Tensor:
@@ -455,6 +464,10 @@ class Oracle:
             basis, mean, bits, clip = found["basis"].float(), *list(found.values())[1:]
             x = torch.einsum("htd,hed->hte", x - mean[:, None], basis)
             bits = bits.long()
+        elif self.method.hadamard:
+            basis = _walsh_hadamard(x.shape[-1])
+            mean = torch.zeros(x.shape[0], x.shape[-1])
+            x = x.float() @ basis
         pages = []
         for page in x.split(sizes, dim=1):
             steps, scale, low = quantise(

@@ -46,7 +46,7 @@ def test_defaults(dtype, bits, factors) -> None:
         config = load_config(dtype, nothing)
         assert bits_of(dtype) == config.bits == bits
         assert config.estimator == "midpoint" and not config.calibrated
-        assert config.range_scope == "page"
+        assert (config.range_scope, config.transform) == ("page", "none")
         assert (config.key_factor, config.value_factor) == factors
         assert (config.modalities, config.layers_16bit) == (("image", "video"), ())
 
@@ -107,6 +107,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     [
         ("range_estimator", "median"),
         ("range_scope", "image"),
+        ("transform", "fourier"),
         ("preset", "paper"),
         ("quantile", 0.5),
         ("quantile", -0.1),

@@ -41,7 +41,7 @@ def test_ranges_and_codes(monkeypatch, scope: str, bits: int) -> None:
     """Of three requests of a step, two have visual tokens, among text and in pages of any order."""
     config = CalibQuantConfig(bits=bits, preset="calibquant-paper", range_scope=scope)
     impl = object.__new__(MixedCPUImpl)
-    impl.codec = Codec.of(config, D, torch.float32)
+    impl.codec = Codec.of(config, HEADS, D, torch.float32)
     fmt = impl.codec.page_format
     filled = [{}, {5: fmt.slots, 2: 3, 7: fmt.slots}, {3: 2, 1: 4}]  # by request; page: sub-slots
     parts = [

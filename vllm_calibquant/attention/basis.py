@@ -14,6 +14,7 @@ scores and so may be added to the log-sum-exp of the visual part.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -69,6 +70,17 @@ class Basis:
         """Bases of the KV heads ``heads`` of a layer."""
         return cls(*(PartBasis.of(part, heads, dtype, device) for part in (layer.key, layer.value)))
 
+    @classmethod
+    @lru_cache
+    def hadamard(
+        cls, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Basis:
+        """The Walsh-Hadamard transform of K and V, the same in all heads; layers share it."""
+        basis = hadamard(head_size).expand(num_kv_heads, -1, -1)
+        mean, bits = torch.zeros(num_kv_heads, head_size), (1,) * head_size
+        part = PartProfile(basis, mean, bits, torch.ones(head_size))
+        return cls.of(LayerProfile(part, part), slice(None), dtype, device)
+
     def query(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries for coded keys.
 
@@ -106,6 +118,18 @@ class Basis:
         y = _by_kv_head(output, len(self.value.mean))
         turned = torch.baddbmm(self.value.mean[:, None], y, self.value.inverse)
         return _by_query_head(turned, output).to(output.dtype)
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """The Walsh-Hadamard matrix over the square root of its size, float32 ``[size, size]``.
+
+    Sylvester's, which is symmetric and its own inverse, and exists for powers of two.  Of other
+    sizes it has as many such blocks on its diagonal as make them whole, as large as they can be.
+    """
+    block = torch.ones(1, 1)
+    while size % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block] * (size // len(block))) / len(block) ** 0.5
 
 
 def _by_kv_head(x: torch.Tensor, heads: int) -> torch.Tensor:

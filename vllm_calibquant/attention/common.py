@@ -119,7 +119,9 @@ def bind_layers(vllm_config: VllmConfig, layer_names: list[str], device: torch.d
     for name, layer in layers.items():
         impl: Any = layer.impl
         if impl.profile is None:
-            codec = Codec.of(impl.config, impl.head_size, impl.model_dtype)
+            codec = Codec.of(
+                impl.config, impl.num_kv_heads, impl.head_size, impl.model_dtype, device
+            )
         else:
             codec = Codec.of_profile(
                 impl.profile,

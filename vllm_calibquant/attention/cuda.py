@@ -187,8 +187,8 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         bind_layers(vllm_config, layer_names, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         # While a profile is searched for, widths change.
-        in_basis = any(layer.impl.codec.basis is not None for layer in layers.values())
-        planes = kernels.MAX_VALUE_PLANES if in_basis else 0
+        learned = any(layer.impl.profile is not None for layer in layers.values())
+        planes = kernels.MAX_VALUE_PLANES if learned else 0
         scratch = kernels.allocate_scratch(self.tables, self.num_heads_q, self.headdim, planes)
         for layer in layers.values():
             layer.impl.tables = self.tables

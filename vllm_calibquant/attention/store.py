@@ -28,14 +28,25 @@ class Codec:
     """Whether each page has ranges of its own, or all pages of a call share theirs."""
 
     @classmethod
-    def of(cls, config: CalibQuantConfig, head_size: int, dtype: torch.dtype) -> Codec:
+    def of(
+        cls,
+        config: CalibQuantConfig,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Codec:
         """Codec of a layer."""
         estimator: Callable[..., RangeEstimator] = RANGE_ESTIMATORS[config.estimator]
         extra = {"alpha": config.quantile} if config.estimator == "quantile" else {}
+        basis = None
+        if config.transform == "hadamard":
+            basis = Basis.hadamard(num_kv_heads, head_size, dtype, device)
         return cls(
             PageFormat.uniform(head_size, config.bits, dtype),
             estimator(factor=config.key_factor, **extra),
             estimator(factor=config.value_factor, **extra),
+            basis,
             range_scope=config.range_scope,
         )
 

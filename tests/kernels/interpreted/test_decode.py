@@ -116,8 +116,8 @@ def test_widths(bits):
 
 
 @pytest.mark.parametrize("with_text", [True, False])
-def test_in_a_basis(with_text):
-    bits = ((3, 2, 1, 0) * 16, (2, 1, 1, 0) * 16)
+@pytest.mark.parametrize("bits", [1, ((3, 2, 1, 0) * 16, (2, 1, 1, 0) * 16)])
+def test_in_a_basis(bits, with_text):
     run(make_format(64, bits), group=3, calibration=(0.0, 3.0), with_text=with_text, in_basis=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,15 +138,17 @@ class Server:
         return output.float(), expected
 
 
-def of_width(bits: int) -> Codec:
-    return Codec.of(load_config(f"calibquant{bits}", {}), 64, torch.float16)
+def of_width(bits: int, **settings: Any) -> Codec:
+    config = load_config(f"calibquant{bits}", {"calibquant": settings})
+    return Codec.of(config, 2, 64, torch.float16)
 
 
-@pytest.fixture(params=["1 bit", "2 bits, calibrated", "profile"])
+@pytest.fixture(params=["1 bit", "2 bits, calibrated", "1 bit, transformed", "profile"])
 def server(request, monkeypatch) -> Server:
     codec, settings = {
         "1 bit": (of_width(1), {}),
         "2 bits, calibrated": (of_width(2), PAPER),
+        "1 bit, transformed": (of_width(1, transform="hadamard"), {}),
         "profile": (of_profile(64, torch.float16), {}),
     }[request.param]
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)

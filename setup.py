@@ -50,7 +50,6 @@ setup(
     entry_points={
         "console_scripts": ["vllm-calibquant = vllm_calibquant.cli:main"],
         "vllm.general_plugins": ["calibquant = vllm_calibquant.plugin:register"],
-        "vllm.stat_logger_plugins": ["calibquant = vllm_calibquant.metrics:CalibQuantStatLogger"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

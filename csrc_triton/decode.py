@@ -360,5 +360,5 @@ def _split_triton(
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots,
             MODE=mode, DECODE=True, DOT=DOT_DTYPE,
             WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
-            num_stages=pipeline_stages(fmt),
+            num_stages=pipeline_stages(fmt, query.device),
         )  # fmt: skip

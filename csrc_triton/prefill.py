@@ -214,7 +214,9 @@ def prefill_attention(
         stride_os, stride_ls = part.stride(0), part_lse.stride(0)
     if calibration is not None:
         low, high = (
-            torch.empty_strided(part_lse.shape, part_lse.stride(), device=query.device)
+            torch.empty_strided(
+                part_lse.shape, part_lse.stride(), dtype=torch.float32, device=query.device
+            )
             for _ in range(2)
         )
     tau_min, tau_max = calibration or (0.0, 0.0)
@@ -257,7 +259,7 @@ def prefill_attention(
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=False,
             DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
-            num_warps=4, num_stages=pipeline_stages(fmt),
+            num_warps=4, num_stages=pipeline_stages(fmt, query.device),
         )  # fmt: skip
     if merges:
         heads = merged_heads(num_heads)

@@ -139,14 +139,25 @@ def _pairs(source: torch.Tensor) -> torch.Tensor | None:
     return even // 2
 
 
-def pipeline_stages(fmt: DeviceFormat) -> int:
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a GPU; 0 for anything else."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def pipeline_stages(fmt: DeviceFormat, device: torch.device) -> int:
     """Stages of the plain kernel's loop that fit into shared memory.
 
-    The loads of a stage take about 0.5 KiB of shared memory for each bit of each channel; three
-    stages of one-bit channels at D = 128 are 134 KiB of an H100's 227.
+    With one, a program takes at most 80 KiB.  Three stages of one-bit components take at most 44
+    where codes are read as whole words, and 208 where they are gathered one by one: Hopper and
+    datacentre GPUs after it have 227, others from Ampere on 99 to 163.
     """
     bits = max(fmt.key_plane.shape[0], fmt.value_plane.shape[0])
-    return 3 if bits * next_power_of_2(fmt.page.head_size) <= 128 else 1
+    few = bits * next_power_of_2(fmt.page.head_size) <= 128
+    whole = fmt.page.head_size in (64, 128) and fmt.uniform_bits > 0
+    return 3 if few and (whole or shared_memory(device) >= 227 << 10) else 1
 
 
 def cache_words(kv_cache: torch.Tensor) -> torch.Tensor:

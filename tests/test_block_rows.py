@@ -26,6 +26,8 @@ def test_where_the_first_visual_block_of_a_row_begins():
     assert rows.visual_begin(3) == 3
     rows.append(3, ([1] * 8, [1, tag(3, 0), 4]), overwrite=True)  # groups count on their own
     assert rows.visual_begin(3) == 1
+    rows.append(3, ([1, 2, tag(3, 0)], [1, tag(3, 1)]), overwrite=True)  # the first of any counts
+    assert rows.visual_begin(3) == 1
     rows.append(3, ([tag(5, 0)],), overwrite=True)
     assert rows.visual_begin(3) == 0
 

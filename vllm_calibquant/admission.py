@@ -9,18 +9,19 @@ would end at ``max_model_len``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+from vllm_calibquant.config import bits_of, load_config
 from vllm_calibquant.core.layout import prompt_pages
 from vllm_calibquant.core.spans import Span, visual_spans
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
 
-    from vllm_calibquant.config import CalibQuantConfig
     from vllm_calibquant.core.spec import MixedPageSpec
 
 
@@ -33,20 +34,41 @@ def too_long(num_tokens: int, spans: Sequence[Span], needed: int, pages: int) ->
     """The sentence that tells a client why a prompt cannot be served."""
     visual = sum(span.end - span.start for span in spans)
     return (
-        f"The prompt has {num_tokens:,} tokens, {visual:,} of them of images or videos, and with "
-        f"its first answer token takes {needed:,} pages of the KV cache, which has {pages:,}. "
-        "Shorten the prompt, or serve with more KV cache memory."
+        f"The prompt has {num_tokens:,} tokens, {visual:,} of them of images or videos, and takes "
+        f"{needed:,} pages of the KV cache, which has {pages:,}. Shorten the prompt, or serve with "
+        "more KV cache memory."
     )
 
 
 @dataclass
 class FrontEndLimit:
-    """What the API server knows of the pool."""
+    """What the API server knows of an engine's pool."""
 
     cache: CacheConfig
     """vLLM puts the number of pages here when the engine has started."""
     chunk: int
     spec: MixedPageSpec
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> FrontEndLimit | None:
+        """That of a finished configuration; None if the engine alone can tell."""
+        cache, model = vllm_config.cache_config, vllm_config.model_config
+        # Where some layers keep 16 bits there are more groups, which only the engine knows.
+        if bits_of(cache.cache_dtype) is None or cache.kv_cache_dtype_skip_layers:
+            return None
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        from vllm_calibquant.core.spec import MixedPageSpec
+
+        plain = FullAttentionSpec(
+            block_size=cache.block_size,
+            num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
+            head_size=model.get_head_size(),
+            dtype=model.dtype,
+        )
+        config = load_config(cache.cache_dtype, vllm_config.additional_config)
+        chunk = chunk_tokens(vllm_config.scheduler_config)
+        return cls(cache, chunk, MixedPageSpec.of(plain, config))
 
     def check(self, engine_input: Mapping[str, Any]) -> None:
         """Refuse a prompt that cannot ever fit.
@@ -63,7 +85,7 @@ class FrontEndLimit:
             return
         # With data parallelism this is the sum over all engines; then the engine itself refuses.
         pages = self.cache.num_gpu_blocks - 1
-        if len(tokens) < pages * self.spec.block_size:
+        if len(tokens) <= pages * self.spec.block_size:
             return  # would fit as text
         placeholders = engine_input.get("mm_placeholders") or {}
         spans = visual_spans(
@@ -78,7 +100,7 @@ class FrontEndLimit:
         )
         needed = prompt_pages(
             spans,
-            len(tokens) + 1,
+            len(tokens),
             self.chunk,
             block_size=self.spec.block_size,
             slots=self.spec.slots,
@@ -97,37 +119,14 @@ class _Feature:
     mm_position: Any
 
 
-_limit: FrontEndLimit | None = None
-"""Of the last configuration that was made in this process."""
+_limits: WeakKeyDictionary[Any, FrontEndLimit | None] = WeakKeyDictionary()
+"""By vLLM's input processors, of which each engine has one."""
 
 
-def configured(vllm_config: VllmConfig, config: CalibQuantConfig | None = None) -> None:
-    """Note a finished configuration; ``config`` is None if it has another KV cache dtype."""
-    global _limit
-    _limit = None
-    # Where some layers keep 16 bits there are more groups, which only the engine knows.
-    if config is None or vllm_config.cache_config.kv_cache_dtype_skip_layers:
-        return
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    from vllm_calibquant.core.spec import MixedPageSpec
-
-    model = vllm_config.model_config
-    plain = FullAttentionSpec(
-        block_size=vllm_config.cache_config.block_size,
-        num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-    )
-    _limit = FrontEndLimit(
-        vllm_config.cache_config,
-        chunk_tokens(vllm_config.scheduler_config),
-        MixedPageSpec.of(plain, config),
-    )
-
-
-def validate_request(original: Callable[..., None], engine_input: Any, params: Any) -> None:
+def check_prompt(processor: Any, engine_input: Mapping[str, Any]) -> None:
     """Before a request leaves the API server: refuse what cannot ever fit."""
-    original(engine_input, params)
-    if _limit is not None:
-        _limit.check(engine_input)
+    if processor not in _limits:
+        _limits[processor] = FrontEndLimit.of(processor.vllm_config)
+    limit = _limits[processor]
+    if limit is not None:
+        limit.check(engine_input)

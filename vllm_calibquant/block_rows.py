@@ -33,9 +33,8 @@ class BlockRows:
             before = lengths[group]
             lengths[group] += len(ids)
             if is_visual(max(ids)):
-                if row not in self._visual_begins:
-                    text = next(i for i, block in enumerate(ids) if is_visual(block))
-                    self._visual_begins[row] = before + text
+                first = before + next(i for i, block in enumerate(ids) if is_visual(block))
+                self._visual_begins[row] = min(self._visual_begins.get(row, first), first)
                 after = next(i for i, block in enumerate(reversed(ids)) if is_visual(block))
                 self._visual_ends[row] = max(self.visual_end(row), lengths[group] - after)
                 self._code_pages.update(page_of(i) for i in ids if is_visual(i))

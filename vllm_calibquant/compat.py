@@ -67,8 +67,8 @@ PATCHES = (
         "when vLLM has such a hook",
     ),
     Patch(
-        "vllm.platforms:current_platform.validate_request",
-        "refuse a prompt that the pool cannot ever hold",
+        "vllm.v1.engine.input_processor:InputProcessor._validate_model_inputs",
+        "afterwards refuse a prompt that the pool cannot ever hold",
         "the check of a prompt's length knows tokens, of which a pool holds 14 times more visual "
         "ones than others",
         "when a plugin can check requests in the API server",
@@ -81,9 +81,11 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler.max_num_active_reqs",
-        "set it to 1 while calibration computes prompts",
-        "what a watched layer sees of a step must be one prompt",
-        "when LLM can be told to run requests one after the other",
+        "set it to 1 while calibration computes prompts, and while a prompt that ran out of pages "
+        "is computed again",
+        "what a watched layer sees of a step must be one prompt; beside others chunks get small, "
+        "and leave pages partly filled",
+        "when requests can be told to run one after the other",
     ),
     Patch(
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
@@ -116,6 +118,13 @@ PATCHES = (
         "override it in our scheduler",
         "it is the one place where vLLM lets the end of a prefill chunk be moved",
         "when chunk ends have a hook",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "put our logger before vLLM's",
+        "as a plugin of vLLM's group for loggers it would turn statistics on for every KV cache "
+        "dtype, whatever --disable-log-stats says",
+        "when plugins' loggers leave that to the user",
     ),
     Patch(
         "vllm.v1.metrics.stats:SchedulerStats.num_kv_fetch_reqs_by_stage",
@@ -229,6 +238,41 @@ def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:
 
     method.__calibquant__ = True  # type: ignore[attr-defined]
     setattr(platform, name, classmethod(method))
+
+
+def check_prompts(check: Callable[[Any, Any], None]) -> None:
+    """Have ``check(input processor, prompt)`` called where vLLM checks the length of prompts."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor._validate_model_inputs
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def _validate_model_inputs(self: Any, encoder_input: Any, decoder_input: Any) -> None:
+        original(self, encoder_input, decoder_input)
+        check(self, decoder_input)
+
+    _validate_model_inputs.__calibquant__ = True  # type: ignore[attr-defined]
+    InputProcessor._validate_model_inputs = _validate_model_inputs
+
+
+def add_stat_logger(logger: type) -> None:
+    """Put our logger before vLLM's where an engine has our dtype and is to have statistics."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    original = StatLoggerManager.__init__
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if vllm_config.cache_config.cache_dtype in DTYPE_BITS:
+            self.stat_loggers.insert(0, logger(vllm_config, self.engine_indexes))
+
+    __init__.__calibquant__ = True  # type: ignore[attr-defined]
+    StatLoggerManager.__init__ = __init__
 
 
 def watch_block_tables() -> None:

@@ -3,8 +3,8 @@
 The scheduler counts in the engine core and the API server publishes.  vLLM's ``SchedulerStats``,
 which travels between them, has no place for plugins; its counts of KV connector loads by stage are
 an open mapping of names to ints, and KV connectors are refused with our dtypes.  Our counts ride
-there under names with a prefix.  Loggers of plugins come before vLLM's, so ours takes them out
-before vLLM's log can take them for loads.
+there under names with a prefix.  Our logger comes before vLLM's, so that it takes them out before
+vLLM's log can take them for loads.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-
-from vllm_calibquant.config import bits_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,10 +49,9 @@ STAT_NAMES = tuple(PREFIX + name for name in PageCounts._fields)
 
 
 class CalibQuantStatLogger(AggregateStatLoggerBase):
-    """Publishes the :class:`PageCounts` of all engines; idle for other KV cache dtypes."""
+    """Publishes the :class:`PageCounts` of all engines."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        self.active = bits_of(vllm_config.cache_config.cache_dtype) is not None
         self.engine_indexes = engine_indexes
         self.model_name = vllm_config.model_config.served_model_name
         self.gauges: dict[str, Gauge] = {}
@@ -63,9 +60,9 @@ class CalibQuantStatLogger(AggregateStatLoggerBase):
     def log_engine_initialized(self) -> None:
         """Create the gauges.
 
-        Not before: vLLM's own logger clears everything named ``vllm:`` when it is made, after us.
+        Not before: vLLM's own logger clears everything named ``vllm:`` when it is made.
         """
-        if not self.active or self.gauges:
+        if self.gauges:
             return
         for name, text, labels in (
             ("pages", "KV cache pages in use, by format.", ["format"]),

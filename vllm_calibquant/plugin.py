@@ -43,6 +43,7 @@ def register() -> None:
 
     from vllm_calibquant.core.manager import MixedPageManager
     from vllm_calibquant.core.spec import MixedPageSpec
+    from vllm_calibquant.metrics import CalibQuantStatLogger
 
     if current_platform.is_cpu():
         compat.add_backend(CPU_BACKEND)
@@ -53,14 +54,14 @@ def register() -> None:
     compat.add_spec(MixedPageSpec, MixedPageManager)
     compat.clear_pages_beside(MixedPageSpec)
     compat.wrap_platform("get_attn_backend_cls", select_backend)
-    compat.wrap_platform("validate_request", admission.validate_request)
+    compat.check_prompts(admission.check_prompt)
+    compat.add_stat_logger(CalibQuantStatLogger)
 
 
 def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
     """After the platform's changes to a configuration: refuse, then set what our dtype needs."""
     original(vllm_config)
     dtype = vllm_config.cache_config.cache_dtype
-    admission.configured(vllm_config)
     if bits_of(dtype) is None:
         return
     compat.check_version()
@@ -72,7 +73,6 @@ def configure(original: Callable[..., None], vllm_config: VllmConfig) -> None:
     skipped = {*cache.kv_cache_dtype_skip_layers, *map(str, exact_layers(config))}
     cache.kv_cache_dtype_skip_layers = sorted(skipped)
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
-    admission.configured(vllm_config, config)
 
 
 def select_backend(

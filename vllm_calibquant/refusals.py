@@ -11,6 +11,9 @@ from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, m
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MAX_GROUP = 16
+"""Query heads of a KV head that ``csrc_triton/decode.py`` serves at most."""
+
 ON_CUDA = ("midpoint", "minmax", "quantile")
 """Range estimators that ``csrc_triton/store.py`` has: those of order statistics."""
 
@@ -118,23 +121,55 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         "the GPU is none of NVIDIA's with compute capability 8.0 (Ampere) or more; leave "
         "--kv-cache-dtype at auto",
     )
-    refuse(
-        vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner,
-        "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "
-        "that vLLM's log names as unsupported by it",
-    )
-    refuse(
-        vllm_config.device_config.device_type == "cuda" and config.estimator not in ON_CUDA,
-        f"range_estimator is {config.estimator}, which has no CUDA kernel; give one of "
-        f"{', '.join(ON_CUDA)}",
-    )
-    refuse(
-        vllm_config.device_config.device_type == "cuda" and config.range_scope != "page",
-        f"range_scope is {config.range_scope}, which has no CUDA kernel; leave it at page",
-    )
+    if vllm_config.device_config.device_type == "cuda":
+        found += _without_kernels(vllm_config, config)
     scheduler = vllm_config.scheduler_config.scheduler_cls
     refuse(
         scheduler is not None and not str(scheduler).startswith("vllm_calibquant."),
         f"--scheduler-cls is {scheduler}, and mixed pages need a scheduler of their own",
     )
+    return found
+
+
+def _without_kernels(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
+    """What CUDA has no kernels for."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    found: list[str] = []
+
+    def refuse(condition: object, reason: str) -> None:
+        if condition:
+            found.append(reason)
+
+    refuse(
+        not vllm_config.use_v2_model_runner,
+        "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "
+        "that vLLM's log names as unsupported by it",
+    )
+    refuse(
+        config.estimator not in ON_CUDA,
+        f"range_estimator is {config.estimator}, which has no CUDA kernel; give one of "
+        f"{', '.join(ON_CUDA)}",
+    )
+    refuse(
+        config.range_scope != "page",
+        f"range_scope is {config.range_scope}, which has no CUDA kernel; leave it at page",
+    )
+    refuse(
+        model.dtype.itemsize != 2,
+        f"--dtype is {str(model.dtype).removeprefix('torch.')}, which has no CUDA kernel; give "
+        "bfloat16 or half",
+    )
+    if not model.use_mla and not model.is_attention_free:
+        size = model.get_head_size()
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        refuse(
+            not FlashAttentionBackend.supports_head_size(size),
+            f"the head size is {size}, which FlashAttention does not have here",
+        )
+        refuse(
+            group > MAX_GROUP,
+            f"{group} query heads share a KV head, and kernels take at most {MAX_GROUP}",
+        )
     return found

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from tests.core.harness import BLOCK, Media, Text, make_request, mixed_spec
+from tests.core.harness import BLOCK, Media, Text, make_request, mixed_spec, plain_spec
 from vllm_calibquant.core.layout import clip_chunk, prompt_pages, step_layout, visual_blocks
 from vllm_calibquant.core.report import capacity_line
 from vllm_calibquant.core.spans import Span, visual_spans
@@ -200,7 +200,7 @@ def test_pages_of_the_two_requests_of_the_issue():
 
 
 def test_capacity_line():
-    line = capacity_line("calibquant1", mixed_spec(1), 1000, 28)
+    line = capacity_line("calibquant1", [mixed_spec(1)], 1000, 28 * 16384)
     assert "1,000 KV pages" in line
     assert "16,000 text tokens in bfloat16" in line
     assert "224,000 visual tokens in codes (14x)" in line
@@ -208,3 +208,13 @@ def test_capacity_line():
     assert "or 47 requests of 1,024 visual and 256 text tokens" in line
     assert line.endswith("bfloat16 pages alone would hold 12")
     assert "(438 MiB)" in line  # 1000 pages x 28 layers x 16 KiB
+
+
+def test_capacity_line_with_a_layer_at_16_bits():
+    """One of six makes six groups, each of which has every token."""
+    line = capacity_line("calibquant1", [plain_spec(), *[mixed_spec(1)] * 5], 599, 16384)
+    assert "599 KV pages (9 MiB) hold 1,584 text tokens" in line
+    assert "7,003 visual tokens in codes (4.42x)" in line
+    # 80 pages a group at 16 bits, 21 in codes.
+    assert "or 3 requests" in line
+    assert line.endswith("bfloat16 pages alone would hold 1")

@@ -7,7 +7,7 @@ scheduler gets the same requests, and every output must be the same.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -490,16 +491,18 @@ def test_chunks_of_an_image_fill_pages(budget):
     assert len({i % FIRST_TAG for i in ids[len(hit) :]}) == pages
 
 
-def serve(scheduler: Scheduler, *requests: Request, depth: int = 1) -> dict[str, RequestStatus]:
-    """How requests are after 100 steps, so many of them in flight; whole prompts from the first
-    preemption on.
+def serve(
+    scheduler: Scheduler, *requests: Request, depth: int = 1, tokens: int = MAX_TOKENS
+) -> dict[str, RequestStatus]:
+    """How requests are after 150 steps, so many of them in flight; chunks of so many tokens from
+    the first preemption on.
     """
     known = {request.request_id: request for request in requests}
     in_flight: deque[SchedulerOutput] = deque()
-    for _ in range(100):
+    for _ in range(150):
         output = scheduler.schedule()
         if output.preempted_req_ids:
-            scheduler.max_num_scheduled_tokens = MAX_TOKENS
+            scheduler.max_num_scheduled_tokens = tokens
         in_flight.append(output)
         if len(in_flight) < depth:
             continue
@@ -524,6 +527,99 @@ def test_who_ran_out_of_pages_alone_is_computed_anew(depth):
     statuses = serve(scheduler, request, depth=depth)
     assert request.num_preemptions > 0
     assert statuses == {"alone": RequestStatus.FINISHED_LENGTH_CAPPED}
+
+
+def test_a_limit_on_long_prompts_refuses_nobody_who_fits():
+    """While others wait, vLLM computes 64 tokens of a prompt at a time: four blocks a page."""
+    scheduler = make_scheduler(1, 16)
+    scheduler.scheduler_config.long_prefill_token_threshold = 64
+    requests = [
+        make_request(name, [Text.of(5, i), Media(1100, i), Text.of(20, i)], max_tokens=5)
+        for i, name in enumerate("ab")
+    ]
+    for request in requests:
+        scheduler.add_request(request)
+    statuses = serve(scheduler, *requests)
+    assert {*statuses.values()} == {RequestStatus.FINISHED_LENGTH_CAPPED}
+    assert scheduler.scheduler_config.long_prefill_token_threshold == 64
+    assert scheduler.max_num_active_reqs == MAX_REQUESTS
+    assert "allocate_slots" not in vars(scheduler.kv_cache_manager)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("num_blocks", range(13, 22))
+def test_chunks_that_end_before_an_image_are_known(num_blocks, whole, monkeypatch):
+    """Room for one image at a time in the encoder: each begins a chunk, and so a page."""
+    scheduler = make_scheduler(1, num_blocks)
+    config = scheduler.scheduler_config
+    monkeypatch.setattr(config, "max_num_batched_tokens", 1000)
+    monkeypatch.setattr(config, "disable_chunked_mm_input", whole)
+    scheduler.max_num_encoder_input_tokens = scheduler.max_num_scheduled_tokens = 1000
+    scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=1000)
+    images = [part for i in range(3) for part in (Text.of(1, i), Media(576, i))]
+    request = make_request("images", [*images, Text.of(10, 2)], max_tokens=100)
+    scheduler.add_request(request)
+    fits = request.max_tokens
+    (status,) = serve(scheduler, request, tokens=1000).values()
+    if num_blocks == 13:  # 11 visual pages and 2 of text
+        assert status == RequestStatus.FINISHED_ERROR
+        return
+    assert status == RequestStatus.FINISHED_LENGTH_CAPPED
+    assert request.num_output_tokens == fits == min(4 + 16 * (num_blocks - 14), 100)
+    assert request.num_preemptions == 0
+
+
+class SlowTransfer:
+    """An EC connector that still fetches an image; all else that vLLM asks it does not matter."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        self.asked += 1
+        return self.asked > 6
+
+    def take_unavailable_requests(self) -> set[str]:
+        return set()
+
+    def has_pending_push_work(self) -> bool:
+        return False
+
+    def has_cache_item(self, identifier: str) -> bool:
+        return False
+
+    def request_finished(self, request: Request) -> tuple[bool, None]:
+        return False, None
+
+    def get_ec_connector_stats(self) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def test_who_waits_for_an_image_is_not_out_of_pages():
+    scheduler = make_scheduler(1, 100)
+    scheduler.ec_connector = transfer = SlowTransfer()
+    request = make_request("waits", [Media(576, 0), Text.of(10, 2)], max_tokens=5)
+    scheduler.add_request(request)
+    statuses = serve(scheduler, request)
+    assert transfer.asked > 6
+    assert statuses == {"waits": RequestStatus.FINISHED_LENGTH_CAPPED}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("length", "answer"), [(303, 18), (320, 1), (321, None)])
+def test_the_last_token_is_never_stored(length, answer, depth):
+    scheduler = make_scheduler(1, 21, asynchronous=depth > 1)
+    request = make_request("long", [Text.of(length, 0)], max_tokens=100)
+    scheduler.add_request(request)
+    (status,) = serve(scheduler, request, depth=depth).values()
+    if answer is None:
+        assert status == RequestStatus.FINISHED_ERROR
+    else:
+        assert status == RequestStatus.FINISHED_LENGTH_CAPPED
+        assert request.num_output_tokens == answer
 
 
 def test_a_session_longer_than_the_pool_keeps_nobody_waiting():

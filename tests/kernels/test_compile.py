@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -19,6 +20,7 @@ from csrc_triton.store import (
     gluon_constants,
     profile_constants,
 )
+from csrc_triton.tables import pipeline_stages
 from tests.kernels.cases import counted_bits, make_format
 from tests.kernels.interpreted import test_decode
 
@@ -136,22 +138,34 @@ def test_gluon_profile_store(tmp_path):
     assert len(re.findall(r"\b(?:LDL|STL)\b", sass)) < 256, "registers spill to local memory"
 
 
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have, by capability."""
+
+
 @pytest.mark.parametrize(
     ("capability", "mode", "prefill", "head_size"),
     [
         (80, attention.ATTEND, False, 128),
-        (80, attention.CALIBRATE, True, 80),
+        (86, attention.CALIBRATE, True, 80),
+        (86, attention.ATTEND, True, 112),
         (90, attention.EXTREMES, False, 80),
+        (90, attention.CALIBRATE, True, 96),
         (90, attention.CALIBRATE, True, 128),
     ],
 )
-def test_attention(capability, mode, prefill, head_size):
+def test_attention(capability, mode, prefill, head_size, monkeypatch):
+    monkeypatch.setattr("csrc_triton.tables.shared_memory", lambda device: SHARED[capability])
     constants = page_constants(make_format(head_size)) | {
         "D": head_size, "BD": 128, "GROUP": 7, "BM": 64 if prefill else 16, "BT": 64,
         "KEY_BITS": 1, "VALUE_BITS": 1, "MODE": mode, "DECODE": not prefill,
         "DOT": triton.language.bfloat16, "WHOLE": head_size == 128, "HALF": 8,
     }  # fmt: skip
-    compile_kernel(attention._attend_kernel, constants, capability, num_warps=4)
+    stages = pipeline_stages(make_format(head_size), torch.device("cpu"))
+    assert stages == (1 if head_size != 128 and capability < 90 else 3)
+    compiled = compile_kernel(
+        attention._attend_kernel, constants, capability, num_warps=4, num_stages=stages
+    )
+    assert compiled.metadata.shared <= SHARED[capability]
 
 
 def test_merge():

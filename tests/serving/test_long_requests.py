@@ -79,7 +79,8 @@ def test_a_text_that_cannot_fit_is_refused(engine):
 
 def test_what_only_the_engine_knows_ends_with_an_error(engine, monkeypatch):
     """As with data parallelism, where the API server knows the pages of all engines together."""
-    monkeypatch.setattr(admission, "_limit", None)
+    processor = engine.llm.llm_engine.input_processor
+    monkeypatch.setitem(admission._limits, processor, None)
     from vllm import SamplingParams
 
     prompts = [text(50), text(1000), text(60)]
@@ -92,7 +93,7 @@ def test_what_only_the_engine_knows_ends_with_an_error(engine, monkeypatch):
 def test_an_answer_ends_where_the_pool_ends(engine):
     (answer,) = engine.ask(text(700), max_tokens=3000, ignore_eos=True)
     # The last token is never stored.
-    assert len(answer.prompt) + len(answer.tokens) == 16 * (PAGES - 1)
+    assert len(answer.prompt) + len(answer.tokens) == 16 * (PAGES - 1) + 1
     assert engine.pages_in_use == 0
 
 

@@ -200,6 +200,23 @@ def test_what_has_no_kernel_is_refused_on_cuda(tmp_path, section: dict, reason: 
     sentence_of(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_attention_heads": 32}, "32 query heads share a KV head"),
+        ({"head_dim": 512}, "the head size is 512"),
+        ({}, "--dtype is float32"),
+    ],
+    ids=["group", "head size", "dtype"],
+)
+def test_models_without_kernels_are_refused_on_cuda(tmp_path, change: dict, reason: str) -> None:
+    config = start(tmp_path, {**LLAMA, **change})
+    config.device_config.device_type = "cuda"
+    with pytest.raises(ConfigError, match=reason) as error:
+        check_config(config)
+    sentence_of(error.value)
+
+
 def test_all_reasons_are_told_at_once(tmp_path) -> None:
     with pytest.raises(ConfigError) as error:
         start(tmp_path, MISTRAL, block_size=32)

@@ -5,7 +5,7 @@ Pure functions over positions; the manager turns their answer into pages of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllm_calibquant.core.spans import Span
@@ -136,7 +136,13 @@ def clip_chunk(
 
 
 def prompt_pages(
-    spans: Sequence[Span], num_tokens: int, chunk: int, *, block_size: int, slots: int
+    spans: Sequence[Span],
+    num_tokens: int,
+    chunk: int,
+    *,
+    block_size: int,
+    slots: int,
+    cut: Callable[[int, int], int] = lambda start, end: end,
 ) -> int:
     """Pages of tokens that are computed from the first one on, alone, in chunks.
 
@@ -150,11 +156,14 @@ def prompt_pages(
         Tokens of a step at most.
     block_size, slots
         Tokens of a block, sub-slots of a page.
+    cut
+        From a chunk's begin and its end to where it ends for other reasons, behind its begin.
     """
     pages = start = blocks = 0
     while spans and start < min(num_tokens, spans[-1].end):
         step = min(chunk, num_tokens - start)
         end = start + clip_chunk(spans, start, step, block_size=block_size, slots=slots)
+        end = cut(start, end)
         new = -(-end // block_size) - blocks
         layout = step_layout(spans, start, end, blocks, new, block_size=block_size, slots=slots)
         pages, blocks, start = pages + layout.num_pages, blocks + new, end

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.multimodal.utils import get_mm_features_in_window
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -39,6 +43,8 @@ class MixedPageScheduler(Scheduler):
         active in this process, and serving would silently use 16-bit pages.
     """
 
+    max_num_active_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
@@ -56,16 +62,11 @@ class MixedPageScheduler(Scheduler):
             n * m.kv_cache_spec.page_size_bytes
             for n, m in zip(layers, self.mixed_page_managers, strict=True)
         ]
-        first = self.mixed_page_managers[0]
-        logger.info(
-            "%s",
-            capacity_line(
-                self.cache_config.cache_dtype,
-                first.kv_cache_spec,
-                self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
-                layers[0],
-            ),
-        )
+        specs = [manager.kv_cache_spec for manager in managers]
+        pages = self.kv_cache_config.num_blocks
+        page_bytes = sum(t.size for t in self.kv_cache_config.kv_cache_tensors) / pages
+        line = capacity_line(self.cache_config.cache_dtype, specs, pages - 1, page_bytes)
+        logger.info("%s", line)
         config = self.vllm_config
         path = load_config(self.cache_config.cache_dtype, config.additional_config).profile
         if path:
@@ -84,10 +85,10 @@ class MixedPageScheduler(Scheduler):
         if known or request.resumable:
             return
         room = self._room(request)
-        if room < 1:
+        if room < 0:
             self._refuse(request)
         else:
-            request.max_tokens = min(request.max_tokens, room)
+            request.max_tokens = min(request.max_tokens, room + 1)  # the last is never stored
 
     def _pages(self, request: Request, num_tokens: int) -> int:
         """Pages, over all groups, of a request that is computed alone up to so many tokens."""
@@ -96,49 +97,116 @@ class MixedPageScheduler(Scheduler):
             spans, slots = [], 1
             if isinstance(manager, MixedPageManager):
                 spans, slots = manager.spans(request.request_id), manager.kv_cache_spec.slots
-            chunk = chunk_tokens(self.scheduler_config)
             pages += prompt_pages(
-                spans, num_tokens, chunk, block_size=manager.block_size, slots=slots
+                spans,
+                num_tokens,
+                chunk_tokens(self.scheduler_config),
+                block_size=manager.block_size,
+                slots=slots,
+                cut=partial(self._encoder_cut, request),
             )
         return pages
 
+    def _encoder_cut(self, request: Request, start: int, end: int) -> int:
+        """Where vLLM ends a chunk of a request alone, for want of room for images it embeds.
+
+        The twin of ``Scheduler._try_schedule_encoder_inputs``.
+        """
+        whole = self.scheduler_config.disable_chunked_mm_input
+        budget = self.max_num_encoder_input_tokens
+        room = self.encoder_cache_manager.cache_size
+        seen = set()
+        first, last = get_mm_features_in_window(request.mm_features, start, end)
+        for feature in request.mm_features[first:last]:
+            where, embeds = feature.mm_position, feature.mm_position.get_num_embeds()
+            if where.offset > start:
+                if whole and end < where.offset + where.length:
+                    return where.offset
+                if feature.identifier not in seen and embeds > min(budget, room):
+                    return where.offset
+            if feature.identifier not in seen:
+                room -= embeds
+                budget -= embeds if where.offset >= start else 0
+            seen.add(feature.identifier)
+        return end
+
     def _room(self, request: Request) -> int:
-        """Tokens that a request can have after its prompt, alone in the pool; at most 0 if none."""
+        """Tokens of an answer that fit behind the prompt, alone in the pool; below 0 if it does not
+        fit itself.
+        """
         prompt, block_size = request.num_prompt_tokens, self.mixed_page_managers[0].block_size
         groups = len(self.kv_cache_manager.coordinator.single_type_managers)
         free = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self._pages(request, prompt)
-        return free // groups * block_size + -prompt % block_size
+        return free // groups * block_size + -prompt % block_size if free >= 0 else -1
 
     def _refuse(self, request: Request) -> None:
         pages = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
         spans = self.mixed_page_managers[0].spans(request.request_id)
-        needed = self._pages(request, request.num_tokens + 1)
         logger.error(
             "Request %s ends with an error. %s",
             request.request_id,
-            too_long(request.num_tokens, spans, needed, pages),
+            too_long(request.num_tokens, spans, self._pages(request, request.num_tokens), pages),
         )
         # vLLM ends the requests of this set with an error after the step.
         self.grammar_compile_error_reqs.add(request.request_id)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan a step; see to it that no request waits for pages that nobody will free."""
-        output = super().schedule(*args, **kwargs)
+        alone: AbstractContextManager[list[Request]] = nullcontext([])
+        if self._computed_anew and self._anew_is_first():
+            alone = self._alone()
+        with alone as short:
+            output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens == 0 and not self.running:
-            self._free_the_way()
+            self._free_the_way(short)
         return output
 
-    def _free_the_way(self) -> None:
+    def _first(self) -> Request | None:
+        """The request whose turn it is, if it can run."""
+        ready = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        requests = chain(self.running, self.kv_holding_waiting, self.waiting)
+        return next((r for r in requests if r.status in ready), None)
+
+    def _anew_is_first(self) -> bool:
+        """Whether that is one to be computed anew, and not done with its prompt yet."""
+        first = self._first()
+        if first is None or first.request_id not in self._computed_anew:
+            return False
+        return not self.running or first.num_computed_tokens < first.num_tokens - 1
+
+    @contextmanager
+    def _alone(self) -> Iterator[list[Request]]:
+        """Nobody else is admitted, and chunks are whole; notes who asks for pages in vain."""
+        short: list[Request] = []
+        kv, config = self.kv_cache_manager, self.scheduler_config
+        allocate, threshold = kv.allocate_slots, config.long_prefill_token_threshold
+        most = self.max_num_active_reqs
+
+        def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(request, *args, **kwargs)
+            if blocks is None:
+                short.append(request)
+            return blocks
+
+        kv.allocate_slots = allocate_slots  # type: ignore[method-assign]
+        config.long_prefill_token_threshold = 0
+        self.max_num_active_reqs = 1 + self.num_waiting_for_streaming_input
+        try:
+            yield short
+        finally:
+            del kv.allocate_slots  # the method again
+            config.long_prefill_token_threshold = threshold
+            self.max_num_active_reqs = most
+
+    def _free_the_way(self, short: list[Request]) -> None:
         """The first request that could run waits though nobody else has pages.
 
         Chunks that were cut short beside other requests leave pages partly filled, and such pages
-        can come back from the prefix cache; so it is computed anew, without the cache, and refused
-        if that does not help.  A session of streaming input that has grown longer than the pool
-        keeps its pages from turn to turn, and is refused at once.
+        can come back from the prefix cache; so it is computed anew, without the cache and alone,
+        and refused if it is short of pages then too.  A session of streaming input that has grown
+        longer than the pool keeps its pages from turn to turn, and is refused likewise.
         """
-        ready = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        waiting = chain(self.kv_holding_waiting, self.waiting)
-        request = next((r for r in waiting if r.status in ready), None)
+        request = self._first()
         if (
             request is None
             or self._pause_state != PauseState.UNPAUSED
@@ -152,7 +220,7 @@ class MixedPageScheduler(Scheduler):
         held = sum(map(len, map(distinct_pages, blocks)))
         if pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() > held:
             return
-        if held or request.request_id in self._computed_anew:
+        if request in short:
             self._refuse(request)
         self._computed_anew.add(request.request_id)
         request.skip_reading_prefix_cache = True

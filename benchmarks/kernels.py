@@ -346,7 +346,7 @@ def time_store(hkv: int, tokens: int = 8192, d: int = 128, bits: int = 1) -> flo
         tables = allocate_tables(max_num_reqs=1, max_num_blocks=1, max_num_tokens=tokens,
                                  slots=page.slots, num_kv_heads=hkv, device="cuda")  # fmt: skip
         row = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
-        build_tables(tables, row, one, starts, mapping, num_decodes=1)  # fmt: skip
+        build_tables(tables, row, one, starts, mapping, num_decodes=0)  # fmt: skip
         key, value = torch.randn(2, tokens, hkv, d, device="cuda", dtype=page.dtype)
 
         def launch(t: Any = tables, k: Any = key, v: Any = value, m: Any = mapping) -> None:

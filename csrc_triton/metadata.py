@@ -86,8 +86,8 @@ class StepTables:
         KV heads of this rank.
     target_programs : int
         Programs of the decode kernel, for each KV head.
-    num_reqs : int
-        Requests of the last :func:`build_tables`.
+    num_prefills : int
+        Requests of the last :func:`build_tables` that are not decoded.
     """
 
     text_block_table: torch.Tensor
@@ -107,7 +107,7 @@ class StepTables:
     half_slots: int
     num_kv_heads: int
     target_programs: int
-    num_reqs: int = 0
+    num_prefills: int = 0
 
     @property
     def max_items(self) -> int:
@@ -427,7 +427,7 @@ def build_tables(
         )
     if slot_mapping.shape[0] // (2 * BLOCK) > tables.page_ids.shape[0]:
         raise ValueError(f"{slot_mapping.shape[0]} tokens do not fit the page list")
-    tables.num_reqs = num_reqs
+    tables.num_prefills = num_reqs - num_decodes
     launch(
         _tables_kernel, (num_reqs + 1,),
         block_table, block_table.stride(0), seq_lens, query_start_loc, slot_mapping,

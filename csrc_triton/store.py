@@ -400,8 +400,9 @@ def store(
     if num_tokens == 0:
         return
     words = cache_words(kv_cache)
-    # A request's visual blocks of a step fill pages in order, so all but its last page are full.
-    visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_reqs)
+    # A request's visual blocks of a step fill pages in order, so all but its last page are full,
+    # and one new token fills no block.
+    visual = min(num_tokens // (2 * BLOCK), num_tokens // page.tokens + tables.num_prefills)
     use_gluon = (
         kernel != "triton"
         and quantile is None

@@ -35,7 +35,7 @@ def run(fmt, slots, *, quantile=None, heads=2, device="cpu", kernel="auto", seed
     starts = torch.tensor([0, 1], dtype=torch.int32)
     row = torch.zeros(1, 1, dtype=torch.int32)
     step = [x.to(device) for x in (row, one, starts, mapping)]
-    build_tables(tables, *step, num_decodes=1)
+    build_tables(tables, *step, num_decodes=0)
     want = pool.cache.clone()
     naive_store(naive_tables(row, one, starts, mapping)["pages"], fmt, key, value, want, mapping,
                 quantile=quantile)  # fmt: skip

@@ -88,6 +88,12 @@ PATCHES = (
         "when requests can be told to run one after the other",
     ),
     Patch(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        "watch it in such a step",
+        "a step does not say whether a request waits for pages or for something else",
+        "when it does",
+    ),
+    Patch(
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         "call it before our spec is registered",
         "built-in specs are registered lazily if the registry is empty; ours would keep them out",

@@ -292,8 +292,12 @@ def _run(
 
 
 def _sentence(error: Exception) -> str:
-    """The last line of an error: where vLLM wraps one, that is the reason."""
+    """The last line of an error: where vLLM wraps one, that is the reason.
+
+    Pydantic's last line is an address, behind the reason.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information visit")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:400]
 
 

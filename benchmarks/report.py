@@ -25,6 +25,7 @@ from benchmarks.serving_summary import (
     ROWS,
     STOCK,
     Figure,
+    Ratio,
     Run,
     crossings,
     figure,
@@ -86,13 +87,14 @@ def number(value: float | str | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def where(runs: list[Run]) -> str:
-    """Devices and records of some runs, in words."""
-    unique = list({id(run): run for run in runs}.values())
+def where(used: list[Ratio]) -> str:
+    """Devices and records of some ratios, in words; a record's name has its date."""
+    found: dict[str, set[str]] = {}
+    for one in used:
+        found.setdefault(one.run.device, set()).update(one.records)
     return "; ".join(
-        f"{run.device}, {run.date[:10]}, "
-        + ", ".join(f"[{r}](benchmarks/records/{r})" for r in run.records)
-        for run in unique
+        f"{device}, " + ", ".join(f"[{r}](benchmarks/records/{r})" for r in sorted(records))
+        for device, records in found.items()
     )
 
 
@@ -109,7 +111,7 @@ def goals_region(runs: list[Run]) -> list[str]:
             if found is None:
                 line.append(NOT_MEASURED if goal else "")
                 continue
-            used.append(found.run)
+            used.append(found)
             values = f"x ({number(found.ours)} against {number(found.baseline)})"
             if goal is None:
                 line.append(f"{found.ratio:.2f}{values}")

@@ -401,6 +401,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     if args.child:
         child(args.child)
         return None
+    from benchmarks.models import NAMES
+
     if args.summary:
         from benchmarks.serving_summary import print_summary
 
@@ -412,6 +414,9 @@ def main(argv: list[str] | None = None) -> Path | None:
     if unknown or not args.scenarios:
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     args.models = args.models or [DRY_MODEL if args.dry_run else "internvl3-8b"]
+    unknown = [name for name in args.models if name not in NAMES]
+    if unknown:
+        parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(NAMES)}")
     args.dtypes = args.dtypes or [*(DRY_DTYPES if args.dry_run else DTYPES)]
     if args.budgets:
         args.plan = {"budgets": [float(b) for b in args.budgets], **args.plan}
@@ -438,6 +443,9 @@ def main(argv: list[str] | None = None) -> Path | None:
     path = record_path("serving", record["date"], args.out)
     save_record(path, record)
     Benchmark(deque(todo), args.devices or [None], record, path).run()
+    if not record["cells"]:
+        path.unlink()
+        sys.exit("nothing was measured: with --log-dir DIR, the engines' logs say why")
     print(path)
     return path
 

@@ -73,7 +73,7 @@ def load_runs(folder: Path = RECORDS) -> list[Run]:
         run.date = max(run.date, record["date"])
         run.records.append(path.name)
         run.commands.append(record["command"])
-        run.cells += record["cells"]
+        run.cells += [{"record": path.name, **cell} for cell in record["cells"]]
     return sorted(runs.values(), key=lambda run: run.date, reverse=True)
 
 
@@ -86,9 +86,13 @@ class Figure(NamedTuple):
     keys: dict[str, Any]
     """What tells the cell from others of its scenario."""
 
+    def cell(self, run: Run, dtype: str, model: str = MODEL) -> dict[str, Any] | None:
+        """The cell that has the number."""
+        return run.find(self.scenario, dtype, model, **self.keys)
+
     def of(self, run: Run, dtype: str, model: str = MODEL) -> float | None:
         """The number, if it was measured."""
-        cell = run.find(self.scenario, dtype, model, **self.keys)
+        cell = self.cell(run, dtype, model)
         value = None if cell is None else cell.get(self.name)
         if isinstance(value, list):
             return statistics.median(value) if value else None
@@ -262,6 +266,8 @@ class Ratio(NamedTuple):
     run: Run
     ours: float
     baseline: float
+    records: tuple[str, ...] = ()
+    """That they are from."""
 
     @property
     def ratio(self) -> float:
@@ -274,7 +280,8 @@ def ratio(row: Row, baseline: str, runs: Iterable[Run], dtype: str = OURS) -> Ra
     for run in runs:
         ours, theirs = row.figure.of(run, dtype), row.figure.of(run, baseline)
         if ours is not None and theirs:
-            return Ratio(run, ours, theirs)
+            cells = [row.figure.cell(run, name) or {} for name in (dtype, baseline)]
+            return Ratio(run, ours, theirs, tuple(cell.get("record", "") for cell in cells))
     return None
 
 

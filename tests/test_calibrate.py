@@ -190,7 +190,7 @@ def test_budgets(head_size, bits, planes, slots, splits) -> None:
     assert profile.average_bits == bits
 
 
-@pytest.mark.parametrize("bits", [0.3, 4.5])
+@pytest.mark.parametrize("bits", [0.3, 4.5, float("nan"), float("inf")])
 def test_impossible_budgets_are_refused(bits: float) -> None:
     with pytest.raises(ConfigError, match=f"--bits {bits} is not possible with a head size of 64"):
         Budget.of(64, bits)
@@ -557,7 +557,7 @@ def test_an_interrupted_command_goes_on(
     monkeypatch.setattr(Probe, "answers", count_answers)
     monkeypatch.setattr(Probe, "score", count_scores)
     monkeypatch.setattr("vllm_calibquant.calibrate.command.BATCH", 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(command)
     assert (asked, len(scored)) == ([2, 1], 1)
     (log,) = tmp_path.iterdir()
@@ -597,7 +597,37 @@ def test_what_the_command_chooses(monkeypatch, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == ["p", {"gpu_memory_utilization": 0.5}]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "0"], "0 is not above 0"),
+        (["--max-tokens", "-3"], "-3 is not above 0"),
+        (["--llm", "[1]"], "is no JSON object"),
+        (["--bits", "nan"], "--bits nan is not possible"),
+        (["--count", "1"], "at least 2 prompts"),
+    ],
+)
+def test_impossible_arguments_are_named(tmp_path: Path, capsys, arguments, message) -> None:
+    command = ["calibrate", str(model_path()), "--data", "synthetic", *arguments]
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--out", str(tmp_path / "p")])
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_an_interrupted_command_says_so(tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_calibquant.calibrate.command.calibrate", interrupted)
+    with pytest.raises(SystemExit) as error:
+        main(["calibrate", "m", "--data", "synthetic", "--out", str(tmp_path / "p")])
+    assert error.value.code == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+
+
 def test_refusals_of_the_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is a directory; give the name of a file in it"):
+        main(["calibrate", "m", "--data", "synthetic", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="there is no directory"):
         main(["calibrate", "m", "--data", "synthetic", "--out", str(tmp_path / "no" / "p")])
     with pytest.raises(SystemExit, match=r"there is no .*prompts\.jsonl"):

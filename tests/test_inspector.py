@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.serving.engine import BLOCK, IMAGE_TOKENS
 from tests.tinyvlm.dataset import Example, examples
 from tests.tinyvlm.unpack import model_path
 from vllm_calibquant.cli import main
-from vllm_calibquant.inspector import ratio, token_grid
+from vllm_calibquant.inspector import Inspection, ratio, token_grid
 from vllm_calibquant.inspector_page import RAMP, colour
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless-shell")
@@ -188,6 +189,22 @@ def test_token_grid(tokens, aspect, grid) -> None:
 def test_colours_and_ratios() -> None:
     assert colour(0) == RAMP[0] and colour(1) == colour(7) == RAMP[-1] and colour(0.5) == RAMP[2]
     assert ratio(torch.tensor([4.0, 0.0]), torch.tensor([16.0, 0.0])).tolist() == [0.5, 0.0]
+
+
+def test_tiles_are_no_grid() -> None:
+    """12 tiles of 256 tokens and a small copy of the image come one after the other."""
+    image = Image.new("RGB", (4 * 448, 3 * 448))
+    tiles = Inspection("m", "?", image, [*range(13 * 256)], [], tile_tokens=256)
+    assert tiles.grid == (1, 13 * 256)
+    assert replace(tiles, positions=[*range(256)]).grid == (16, 16)
+    assert replace(tiles, tile_tokens=None, positions=[*range(48 * 64)]).grid == (48, 64)
+
+
+def test_a_profile_is_looked_at_first(tmp_path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = ["inspect", str(model_path()), str(tmp_path / "a.png"), "?", "--profile", "none"]
+    with pytest.raises(SystemExit, match="profile 'none' does not exist"):
+        main([*asked, "--out", str(tmp_path / "p.html")])
 
 
 @pytest.mark.parametrize("what", ["image", "directory"])

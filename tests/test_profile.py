@@ -106,6 +106,14 @@ def edit(path: Path, metadata: dict[str, str] | None = None, **tensors: torch.Te
         ({}, {"layers.0.key.basis": torch.zeros(1, D, 8)}, r"is \[1, 32, 8\], not \[1, 32, 32\]"),
         ({}, {"layers.0.key.mean": torch.full((1, D), float("nan"))}, "not finite"),
         ({}, {"layers.0.key.bits": torch.full((D,), 9, dtype=torch.uint8)}, "must lie in 0..8"),
+        ({}, {"layers.0.key.bits": torch.ones(D)}, "bits are no whole numbers"),
+        ({}, {"layers.0.value.factors": torch.full((D,), -0.5)}, "factors are not all above 0"),
+        ({}, {"layers.0.value.basis": torch.zeros(1, D, D)}, "basis has no inverse"),
+        ({}, {"extra": torch.ones(1)}, "is damaged"),
+        ({"calibration": "[1]"}, {}, "is damaged"),
+        ({"calibration": "[-1, 2]"}, {}, "its tau_min and tau_max are -1.0 and 2.0"),
+        ({"calibration": "[0, NaN]"}, {}, "its tau_min and tau_max are 0.0 and nan"),
+        ({"notes": "[1]"}, {}, "its notes are no object"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, metadata, tensors, message) -> None:
@@ -174,7 +182,7 @@ def test_its_own_model_is_served(tmp_path: Path) -> None:
         ({"model_type": "llava"}, "with model_type 'llava', and this model has 'llama'"),
         ({"num_layers": 4}, "with num_layers 4, and this model has 2"),
         ({"hidden_size": 32}, "with hidden_size 32, and this model has 64"),
-        ({"fingerprint": "abc"}, "with fingerprint 'abc'"),
+        ({"fingerprint": "abc"}, "of the same shape, but of another vocabulary"),
     ],
 )
 def test_other_models_are_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -182,7 +190,7 @@ def test_other_models_are_refused(tmp_path: Path, change: dict, message: str) ->
     make_profile(model, [WIDTHS] * 2).save(tmp_path / "p")
     with pytest.raises(ConfigError, match=message) as error:
         start(tmp_path, LLAMA, additional_config=section(tmp_path / "p"))
-    assert "make one for it with vllm-calibquant calibrate" in str(error.value)
+    assert "make one for this model with vllm-calibquant calibrate" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -16,8 +16,25 @@ from typing import Any
 from vllm_calibquant.config import ConfigError
 
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 CPU_POOL_BYTES = 4 << 30
 """Of the KV cache on a CPU; vLLM would ask for nearly all memory, and refuse to start."""
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def settings(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,10 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="the profile (default: MODEL-BITS.safetensors, here)",
     )
-    add("--count", type=int, default=360, help="prompts, evenly from the data")
-    add("--held-out", type=int, default=90, help="of them, a quarter at most, to judge by")
+    add("--count", type=positive, default=360, help="prompts, evenly from the data")
+    add("--held-out", type=positive, default=90, help="of them, a quarter at most, to judge by")
     add("--seed", type=int, default=1, help="of synthetic data")
-    add("--max-tokens", type=int, default=32, help="of the 16-bit model's answers")
+    add("--max-tokens", type=positive, default=32, help="of the 16-bit model's answers")
     add(
         "--trials",
         type=int,
@@ -69,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="judge this profile by the same prompts, and write nothing unless the new one is at "
         "least as near to 16 bits",
     )
-    add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
+    add("--llm", type=settings, default={}, help="further arguments of vLLM's LLM, as JSON")
     inspect = commands.add_parser(
         "inspect",
         help="show what codes do to one image and one question",
@@ -88,10 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
         default=Path("inspect.html"),
         help="the page, an HTML file that needs no other",
     )
-    add("--widths", type=int, nargs="*", choices=(1, 2, 4), default=[4, 2, 1], help="bits")
+    add("--widths", type=int, nargs="+", choices=(1, 2, 4), default=[4, 2, 1], help="bits")
     add("--profile", type=Path, help="a profile of this model to look at too")
-    add("--max-tokens", type=int, default=64, help="of an answer")
-    add("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
+    add("--max-tokens", type=positive, default=64, help="of an answer")
+    add("--llm", type=settings, default={}, help="further arguments of vLLM's LLM, as JSON")
     return parser
 
 
@@ -126,6 +143,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{args['out']}")
     except ConfigError as error:
         sys.exit(f"vllm-calibquant {command}: {error}")
+    except KeyboardInterrupt:
+        again = "; the same command goes on from here" if command == "calibrate" else ""
+        print(f"\nvllm-calibquant {command}: interrupted{again}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

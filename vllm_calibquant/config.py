@@ -109,13 +109,13 @@ class CalibQuantConfig(BaseModel):
     tau_max: float = Field(default=3.0, ge=0.0, allow_inf_nan=False)
     """How far calibration moves the largest visual score down."""
 
-    modalities: tuple[Modality, ...] = ("image", "video")
+    modalities: tuple[Modality, ...] = Field(default=("image", "video"), min_length=1)
     """Modalities whose embedded tokens are stored in codes."""
 
     layers_16bit: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Indices of decoder layers that keep all tokens at the model's precision."""
 
-    profile: str | None = None
+    profile: str | None = Field(default=None, min_length=1)
     """File of ``vllm-calibquant calibrate``: bit planes in a learned basis.  It decides widths,
     ranges and calibration; the KV cache dtype must be ``calibquant1``, whose bit planes it lays
     out anew."""

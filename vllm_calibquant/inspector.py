@@ -24,6 +24,8 @@ from vllm_calibquant import compat
 from vllm_calibquant.calibrate.probe import Places, WatchedLayer
 from vllm_calibquant.config import PROFILE_DTYPE, SECTION, ConfigError
 from vllm_calibquant.inspector_page import render
+from vllm_calibquant.output import check_output
+from vllm_calibquant.profile import ModelIdentity, load_profile, model_differences
 
 EXACT = "auto"
 OTHER_QUESTION = "What is this?"
@@ -84,18 +86,28 @@ class Inspection:
     positions: list[int]
     """Of the image's tokens in the prompt."""
     seen: list[Seen]
+    tile_tokens: int | None = None
+    """Tokens of a tile, in models that may cut an image into tiles; None in those of
+    :data:`WHOLE_IMAGES`."""
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image's tokens; (1, tokens) if they are no plain grid."""
-        return token_grid(len(self.positions), self.image.width / self.image.height)
+        tokens = len(self.positions)
+        if self.tile_tokens is not None and tokens != self.tile_tokens:
+            return 1, tokens
+        return token_grid(tokens, self.image.width / self.image.height)
+
+
+WHOLE_IMAGES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Types of models that lay the tokens of a whole image out row by row.  Others cut it into tiles
+and add a thumbnail, or have separators."""
 
 
 def token_grid(tokens: int, aspect: float) -> tuple[int, int]:
-    """Rows and columns whose ratio is nearest to an image's width over height.
+    """Rows and columns, row by row, whose ratio is nearest to an image's width over height.
 
-    Models lay tokens out row by row; those that add a thumbnail or separators have no such grid,
-    and then no pair of factors comes near.
+    (1, tokens) if no pair of factors comes near.
     """
     pairs = [(r, tokens // r) for r in range(1, tokens + 1) if tokens % r == 0]
     if int(sqrt(tokens)) ** 2 == tokens:  # a vision tower with square input, whatever it was given
@@ -320,12 +332,18 @@ def inspect_image(
     ConfigError
         If a file cannot be read or the image is too small.
     """
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
+    from vllm.engine.arg_utils import EngineArgs
+
+    check_output(out)
     try:
         picture = Image.open(image).convert("RGB")
     except OSError as error:
         raise ConfigError(f"{image} is no image that can be read: {error}") from None
+    config = EngineArgs(model, **(llm or {})).create_model_config()
+    if profile is not None:
+        loaded, identity = load_profile(str(profile)), ModelIdentity.of(config)
+        for reason in model_differences(loaded, str(profile), identity):
+            raise ConfigError(reason)
     settings = [
         Setting("16 bits", EXACT),
         *(Setting(f"{b} bit{'s' * (b > 1)}", f"calibquant{b}") for b in widths),
@@ -337,7 +355,10 @@ def inspect_image(
     for setting in settings:
         one, positions = look(model, setting, picture, question, max_tokens, llm or {})
         seen.append(one)
-    found = Inspection(model, question, picture, positions, seen)
+    tile_tokens = None
+    if config.hf_config.model_type not in WHOLE_IMAGES:
+        tile_tokens = getattr(config.hf_config, "image_seq_length", 0)
+    found = Inspection(model, question, picture, positions, seen, tile_tokens)
     out.write_text(render(as_json(found), picture), encoding="utf-8")
     return summary(found)
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -236,13 +237,22 @@ def _load(path: str, version_of_file: tuple[int, ...]) -> Profile:
         profile = Profile(
             model,
             _layers(tensors, model),
-            (float(taus[0]), float(taus[1])) if taus else None,
+            _calibration(taus) if taus else None,
             json.loads(metadata.get("notes", "{}")),
         )
+        if not isinstance(profile.notes, dict):
+            raise ValueError("its notes are no object")
         profile.slots(torch.bfloat16)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise refuse(f"is damaged ({error})") from None
     return profile
+
+
+def _calibration(taus: Any) -> tuple[float, float]:
+    tau_min, tau_max = map(float, taus)
+    if not (0 <= tau_min < math.inf and 0 <= tau_max < math.inf):
+        raise ValueError(f"its tau_min and tau_max are {tau_min} and {tau_max}")
+    return tau_min, tau_max
 
 
 def _layers(tensors: Mapping[str, torch.Tensor], model: ModelIdentity) -> dict[int, LayerProfile]:
@@ -262,6 +272,12 @@ def _layers(tensors: Mapping[str, torch.Tensor], model: ModelIdentity) -> dict[i
                     )
                 if not found[name].isfinite().all():
                     raise ValueError(f"layers.{i}.{part}.{name} has numbers that are not finite")
+            if found["bits"].is_floating_point():
+                raise ValueError(f"layers.{i}.{part}.bits are no whole numbers")
+            if not ((found["factors"] > 0) & (found["factors"] <= 1)).all():
+                raise ValueError(f"layers.{i}.{part}.factors are not all above 0 and at most 1")
+            if torch.linalg.inv_ex(found["basis"].float()).info.any():
+                raise ValueError(f"layers.{i}.{part}.basis has no inverse")
             parts[part] = PartProfile(
                 found["basis"].float(),
                 found["mean"],
@@ -286,9 +302,16 @@ def model_differences(profile: Profile, path: str, model: ModelIdentity) -> list
     """Why a profile does not belong to a model, in a sentence, or nothing."""
     for name, own in asdict(profile.model).items():
         found = getattr(model, name)
-        if own != found:
-            return [
-                f"profile {path!r} is for a model with {name} {own!r}, and this model has "
-                f"{found!r}; make one for it with vllm-calibquant calibrate"
-            ]
+        if own == found:
+            continue
+        what = f"with {name} {own!r}, and this model has {found!r}"
+        if name == "fingerprint":
+            what = (
+                "of the same shape, but of another vocabulary, MLP size, number of query heads, "
+                "rotary embedding or vision tower"
+            )
+        return [
+            f"profile {path!r} is for a model {what}; make one for this model with "
+            "vllm-calibquant calibrate"
+        ]
     return []

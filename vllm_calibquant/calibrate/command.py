@@ -32,7 +32,11 @@ from vllm_calibquant.calibrate.search import (
 )
 from vllm_calibquant.config import ConfigError
 from vllm_calibquant.format import BLOCK_SIZE
+from vllm_calibquant.output import check_output
 from vllm_calibquant.profile import ModelIdentity, Profile, load_profile
+
+FEWEST = 2
+"""Prompts of a search."""
 
 SHOWN = 3
 """Layers of which the summary says what leaving one of them at 16 bits would gain."""
@@ -156,9 +160,13 @@ def calibrate(task: Task) -> str:
         For a model, data or bits that cannot be used.
     """
     begin = time.perf_counter()
-    if not task.out.parent.is_dir():
-        raise ConfigError(f"--out {task.out}: there is no directory {task.out.parent}")
+    check_output(task.out)
     prompts = load_prompts(task.data, task.count, task.seed)
+    if len(prompts) < FEWEST:
+        raise ConfigError(
+            f"--data {task.data} with --count {task.count} has {len(prompts)} prompt, and a search "
+            f"takes at least {FEWEST} prompts: one to learn from, one to judge by"
+        )
     model, settings = _configure(task, prompts)
     budget = Budget.of(model.head_size, task.bits)
     same = {"out": task.out.name, "against": str(task.against), "model": asdict(model)}

@@ -115,7 +115,9 @@ class Budget:
         ConfigError
             If pages cannot have so many or so few planes.
         """
-        planes = int(2 * head_size * bits / PLANE_MULTIPLE + 1e-6) * PLANE_MULTIPLE
+        planes = 0
+        if bits <= MAX_BITS:  # which is false of NaN
+            planes = int(2 * head_size * bits / PLANE_MULTIPLE + 1e-6) * PLANE_MULTIPLE
         most = MAX_BITS * head_size // PLANE_MULTIPLE * PLANE_MULTIPLE
         found = {}
         for k in range(PLANE_MULTIPLE, planes, PLANE_MULTIPLE):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -294,13 +295,13 @@ def summary(profile: Profile, budget: Budget, task: Task) -> str:
                 for tried in notes["one_layer_16bit"][:SHOWN]
             ),
         ]
-    section = json.dumps({"calibquant": {"profile": str(task.out)}})
+    section = json.dumps({"calibquant": {"profile": str(task.out)}}, ensure_ascii=False)
     return "\n".join(
         [
             *lines,
             "",
-            f"vllm serve {task.model} --kv-cache-dtype calibquant1 \\",
-            f"    --additional-config '{section}'",
+            f"vllm serve {shlex.quote(task.model)} --kv-cache-dtype calibquant1 \\",
+            f"    --additional-config {shlex.quote(section)}",
         ]
     )
 
@@ -311,9 +312,8 @@ def _older(path: Path, model: ModelIdentity, budget: Budget) -> Profile:
     fits = profile.model == model and not profile.layers_16bit
     if not fits or profile.slots(torch.bfloat16) != budget.slots:
         raise ConfigError(
-            f"--against {path} is a profile of {profile.average_bits:g} bits for a "
-            f"{profile.model.model_type}; give one of this model, of {budget.bits:g} bits in every "
-            "layer"
+            f"--against {path} is a profile for a {profile.model.model_type} whose bits average "
+            f"{profile.average_bits:g}; give one of this model, with {budget.bits:g} in every layer"
         )
     return profile
 

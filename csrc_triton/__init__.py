@@ -15,6 +15,7 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 """
 
 from .decode import (
+    MAX_GROUP,
     MAX_VALUE_PLANES,
     DecodeScratch,
     allocate_scratch,
@@ -30,6 +31,7 @@ from .store import store
 from .tables import DeviceFormat, cache_words
 
 __all__ = [
+    "MAX_GROUP",
     "MAX_JOINED",
     "MAX_VALUE_PLANES",
     "DecodeScratch",

@@ -35,6 +35,9 @@ Part = tuple[torch.Tensor, torch.Tensor]
 MAX_REGISTERS = {ATTEND: 168, EXTREMES: 112, CALIBRATE: 168}
 """Registers a thread of the Gluon kernel by mode: more warps on a multiprocessor against spills."""
 
+MAX_GROUP = 16
+"""Most query heads of a KV head."""
+
 MAX_KEY_PLANES, MAX_VALUE_PLANES = 384, 256
 """Most planes of a part that the kernel for components of any width has registers for."""
 
@@ -159,9 +162,9 @@ def decode_attention(
     num_requests, num_heads, d = query.shape
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
-    if num_heads % num_kv_heads or group > 16:
+    if num_heads % num_kv_heads or group > MAX_GROUP:
         raise ValueError(
-            f"{num_heads} query heads over {num_kv_heads} KV heads: at most 16 a KV head"
+            f"{num_heads} query heads over {num_kv_heads} KV heads: at most {MAX_GROUP} a KV head"
         )
     if num_requests == 0:
         return
@@ -242,7 +245,7 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
         GLUON
         and compute_capability(device) >= (8, 0)
         and fmt.page.head_size in (64, 128)
-        and ((serves_uniform(fmt) and group <= 16) or (serves_planes(fmt) and group <= 8))
+        and ((serves_uniform(fmt) and group <= MAX_GROUP) or (serves_planes(fmt) and group <= 8))
     )
 
 
@@ -359,6 +362,6 @@ def _split_triton(
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots,
             MODE=mode, DECODE=True, DOT=DOT_DTYPE,
-            WHOLE=d in (64, 128) and fmt.uniform_bits > 0, num_warps=4,
+            WHOLE=fmt.whole_words, num_warps=4,
             num_stages=pipeline_stages(fmt, query.device),
         )  # fmt: skip

@@ -258,7 +258,7 @@ def prefill_attention(
             KEY_BITS=fmt.key_plane.shape[0], VALUE_BITS=fmt.value_plane.shape[0],
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=False,
-            DOT=DOT_DTYPE, WHOLE=d in (64, 128) and fmt.uniform_bits > 0,
+            DOT=DOT_DTYPE, WHOLE=fmt.whole_words,
             num_warps=4, num_stages=pipeline_stages(fmt, query.device),
         )  # fmt: skip
     if merges:

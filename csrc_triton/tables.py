@@ -104,6 +104,11 @@ class DeviceFormat:
         most = PageFormat.uniform(page.head_size, bits).slots if bits else 0
         return bits if page.slots == most else 0
 
+    @property
+    def whole_words(self) -> bool:
+        """Whether the plain kernel reads codes as whole words; else it gathers them."""
+        return self.page.head_size in (64, 128) and self.uniform_bits > 0
+
 
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up; Triton's own does for constants of kernels too, and takes 5 us."""
@@ -156,8 +161,7 @@ def pipeline_stages(fmt: DeviceFormat, device: torch.device) -> int:
     """
     bits = max(fmt.key_plane.shape[0], fmt.value_plane.shape[0])
     few = bits * next_power_of_2(fmt.page.head_size) <= 128
-    whole = fmt.page.head_size in (64, 128) and fmt.uniform_bits > 0
-    return 3 if few and (whole or shared_memory(device) >= 227 << 10) else 1
+    return 3 if few and (fmt.whole_words or shared_memory(device) >= 227 << 10) else 1
 
 
 def cache_words(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -221,6 +221,20 @@ def clear_pages_beside(spec: type) -> None:
     KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
 
 
+def _wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Have ``wrapper(original, self, ...)`` called in the place of a method, once."""
+    original = getattr(owner, name)
+    if getattr(original, "__calibquant__", False):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    method.__calibquant__ = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
 def wrap_platform(name: str, wrapper: Callable[..., Any]) -> None:
     """Wrap a class method of the active platform, once.
 
@@ -250,54 +264,40 @@ def check_prompts(check: Callable[[Any, Any], None]) -> None:
     """Have ``check(input processor, prompt)`` called where vLLM checks the length of prompts."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor._validate_model_inputs
-    if getattr(original, "__calibquant__", False):
-        return
-
-    @functools.wraps(original)
-    def _validate_model_inputs(self: Any, encoder_input: Any, decoder_input: Any) -> None:
+    def validate(original: Any, self: Any, encoder_input: Any, decoder_input: Any) -> None:
         original(self, encoder_input, decoder_input)
         check(self, decoder_input)
 
-    _validate_model_inputs.__calibquant__ = True  # type: ignore[attr-defined]
-    InputProcessor._validate_model_inputs = _validate_model_inputs
+    _wrap_method(InputProcessor, "_validate_model_inputs", validate)
 
 
 def add_stat_logger(logger: type) -> None:
     """Put our logger before vLLM's where an engine has our dtype and is to have statistics."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    original = StatLoggerManager.__init__
-    if getattr(original, "__calibquant__", False):
-        return
-
-    @functools.wraps(original)
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def make(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         if vllm_config.cache_config.cache_dtype in DTYPE_BITS:
             self.stat_loggers.insert(0, logger(vllm_config, self.engine_indexes))
 
-    __init__.__calibquant__ = True  # type: ignore[attr-defined]
-    StatLoggerManager.__init__ = __init__
+    _wrap_method(StatLoggerManager, "__init__", make)
 
 
 def watch_block_tables() -> None:
     """Keep :data:`BLOCK_ROWS` of a GPU worker."""
     from vllm.v1.worker.gpu.block_table import BlockTables
 
-    original = BlockTables.append_block_ids
-    if getattr(original, "__calibquant__", False):
-        return
-
-    @functools.wraps(original)
-    def append_block_ids(
-        self: Any, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
+    def append(
+        original: Any,
+        self: Any,
+        req_index: int,
+        new_block_ids: tuple[list[int], ...],
+        overwrite: bool,
     ) -> None:
         BLOCK_ROWS.append(req_index, new_block_ids, overwrite)
         original(self, req_index, new_block_ids, overwrite)
 
-    append_block_ids.__calibquant__ = True  # type: ignore[attr-defined]
-    BlockTables.append_block_ids = append_block_ids
+    _wrap_method(BlockTables, "append_block_ids", append)
 
 
 def add_text_graphs() -> None:
@@ -305,30 +305,23 @@ def add_text_graphs() -> None:
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    original_capture, original_run = CudaGraphManager.capture, CudaGraphManager.run_fullgraph
-    if getattr(original_capture, "__calibquant__", False):
-        return
-
     def ours(manager: Any) -> bool:
         return manager.vllm_config.cache_config.cache_dtype in DTYPE_BITS
 
-    @functools.wraps(original_capture)
-    def capture(self: Any, *args: Any, **kwargs: Any) -> None:
+    def capture(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         if not ours(self):
-            original_capture(self, *args, **kwargs)
+            original(self, *args, **kwargs)
             return
-        capture_both(self, CUDAGraphMode.FULL, lambda: original_capture(self, *args, **kwargs))
+        capture_both(self, CUDAGraphMode.FULL, lambda: original(self, *args, **kwargs))
 
-    @functools.wraps(original_run)
-    def run_fullgraph(self: Any, desc: Any) -> None:
+    def run_fullgraph(original: Any, self: Any, desc: Any) -> None:
         if not ours(self):
-            original_run(self, desc)
+            original(self, desc)
             return
-        run_either(self, lambda: original_run(self, desc))
+        run_either(self, lambda: original(self, desc))
 
-    capture.__calibquant__ = True  # type: ignore[attr-defined]
-    CudaGraphManager.capture = capture
-    CudaGraphManager.run_fullgraph = run_fullgraph
+    _wrap_method(CudaGraphManager, "capture", capture)
+    _wrap_method(CudaGraphManager, "run_fullgraph", run_fullgraph)
 
 
 def scheduler_of(llm: Any) -> Any:

@@ -276,10 +276,11 @@ def _layers(tensors: Mapping[str, torch.Tensor], model: ModelIdentity) -> dict[i
                 raise ValueError(f"layers.{i}.{part}.bits are no whole numbers")
             if not ((found["factors"] > 0) & (found["factors"] <= 1)).all():
                 raise ValueError(f"layers.{i}.{part}.factors are not all above 0 and at most 1")
-            if torch.linalg.inv_ex(found["basis"].float()).info.any():
+            basis = found["basis"].float()
+            if torch.linalg.inv_ex(basis).info.any():
                 raise ValueError(f"layers.{i}.{part}.basis has no inverse")
             parts[part] = PartProfile(
-                found["basis"].float(),
+                basis,
                 found["mean"],
                 tuple(found["bits"].tolist()),
                 found["factors"],

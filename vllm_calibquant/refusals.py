@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_calibquant.config import CalibQuantConfig, ConfigError, load_config
@@ -10,9 +11,6 @@ from vllm_calibquant.profile import ModelIdentity, exact_layers, load_profile, m
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-MAX_GROUP = 16
-"""Query heads of a KV head that ``csrc_triton/decode.py`` serves at most."""
 
 ON_CUDA = ("midpoint", "minmax", "quantile")
 """Range estimators that ``csrc_triton/store.py`` has: those of order statistics."""
@@ -122,7 +120,7 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         "--kv-cache-dtype at auto",
     )
     if vllm_config.device_config.device_type == "cuda":
-        found += _without_kernels(vllm_config, config)
+        _refuse_without_kernels(vllm_config, config, refuse)
     scheduler = vllm_config.scheduler_config.scheduler_cls
     refuse(
         scheduler is not None and not str(scheduler).startswith("vllm_calibquant."),
@@ -131,17 +129,15 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
     return found
 
 
-def _without_kernels(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
-    """What CUDA has no kernels for."""
+def _refuse_without_kernels(
+    vllm_config: VllmConfig, config: CalibQuantConfig, refuse: Callable[[object, str], None]
+) -> None:
+    """Refuse what CUDA has no kernels for."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
+    from csrc_triton import MAX_GROUP
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    found: list[str] = []
-
-    def refuse(condition: object, reason: str) -> None:
-        if condition:
-            found.append(reason)
-
     refuse(
         not vllm_config.use_v2_model_runner,
         "on CUDA model runner V2 is needed; unset VLLM_USE_V2_MODEL_RUNNER and drop the options "
@@ -172,4 +168,3 @@ def _without_kernels(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[
             group > MAX_GROUP,
             f"{group} query heads share a KV head, and kernels take at most {MAX_GROUP}",
         )
-    return found

@@ -79,7 +79,8 @@ class Basis:
         basis = hadamard(head_size).expand(num_kv_heads, -1, -1)
         mean, bits = torch.zeros(num_kv_heads, head_size), (1,) * head_size
         part = PartProfile(basis, mean, bits, torch.ones(head_size))
-        return cls.of(LayerProfile(part, part), slice(None), dtype, device)
+        both = PartBasis.of(part, slice(None), dtype, device)
+        return cls(both, both)
 
     def query(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries for coded keys.

@@ -2,7 +2,7 @@
 
 Speed depends on shapes and not on the values of weights, so a benchmark needs no download: a
 directory has the configuration of the published model, a byte tokenizer and the model's own image
-processor.  Sources of the shapes: the models' ``config.json`` files.
+processor.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.shapes import INTERNVL_TEXT, INTERNVL_VISION, NAMES
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
@@ -36,20 +38,6 @@ INTERNVL_TOKENS = {
     "video_token": "<video>",
 }
 TILE = 448
-
-# Hidden size, MLP size, layers, query heads, KV heads, vocabulary of the language models.
-INTERNVL_TEXT = {
-    "internvl3-8b": (3584, 18944, 28, 28, 4, 151674),
-    "internvl2.5-26b": (6144, 16384, 48, 48, 8, 92553),
-    "internvl-tiny": (256, 512, 2, 4, 2, 512),
-}
-# Hidden size, MLP size, layers, heads of the image towers.
-INTERNVL_VISION = {
-    "internvl3-8b": (1024, 4096, 24, 16),
-    "internvl2.5-26b": (3200, 12800, 45, 25),
-    "internvl-tiny": (64, 128, 2, 2),
-}
-NAMES = (*INTERNVL_TEXT, "llava-1.5-7b")
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -186,7 +174,7 @@ def make_model(name: str, directory: Path | str, max_length: int = 32768) -> Pat
     return directory
 
 
-def make_profile(directory: Path, bits: float) -> Path:
+def make_profile(directory: Path, bits: float, path: Path) -> None:
     """Write a profile for a directory of :func:`make_model`, of random moments.
 
     Bases and bits are what ``calibrate`` finds in closed form for them.  How steeply the worth of
@@ -199,11 +187,8 @@ def make_profile(directory: Path, bits: float) -> Path:
         Of the model.
     bits
         On average.
-
-    Returns
-    -------
-    Path
-        Of the profile, in the same directory.
+    path
+        The profile.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -228,9 +213,7 @@ def make_profile(directory: Path, bits: float) -> Path:
         found.key, found.value = matrices(5.0), matrices(4.0) * (0.2, 0.4, 0.8)[layer % 3]
         found.weights += 1
         moments[layer] = found
-    path = directory / f"profile{bits:g}.safetensors"
     Designer(model, Budget.of(d, bits), moments).profile(Choice()).save(path)
-    return path
 
 
 def cache_settings(name: str, directory: Path) -> dict[str, Any]:
@@ -249,8 +232,10 @@ def cache_settings(name: str, directory: Path) -> dict[str, Any]:
     if option == "hadamard":
         section = {"transform": option}
     elif option:
-        bits = float(option.removeprefix("profile"))
-        section = {"profile": str(make_profile(directory, bits))}
+        path = directory / f"{option}.safetensors"
+        if not path.exists():
+            make_profile(directory, float(option.removeprefix("profile")), path)
+        section = {"profile": str(path)}
     extra = {"additional_config": {"calibquant": section}} if section else {}
     return {"kv_cache_dtype": dtype, **extra}
 

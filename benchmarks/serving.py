@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks import serving_http
 from benchmarks.records import environment, gpu_names, record_path, save_record
+from benchmarks.shapes import NAMES
 
 DTYPES = (
     "auto",
@@ -88,7 +89,7 @@ def child(job: dict[str, Any]) -> None:
     _die_with_parent()
     from vllm import LLM  # noqa: F401  imports what an engine needs
 
-    from benchmarks.models import make_model
+    from benchmarks.models import cache_settings, make_model
     from benchmarks.serving_engine import BenchEngine
     from benchmarks.serving_scenarios import DRY_RUN, SCENARIOS, Context, Plan, warm_up
 
@@ -103,6 +104,7 @@ def child(job: dict[str, Any]) -> None:
 
     settings = job["settings"]
     directory = make_model(job["model"], job["directory"], settings["max_model_len"])
+    cache_settings(job["dtype"], directory)  # a profile is there when the engine asks
     write({"event": READY})
     sys.stdin.readline()
     begin = time.perf_counter()
@@ -401,8 +403,6 @@ def main(argv: list[str] | None = None) -> Path | None:
     if args.child:
         child(args.child)
         return None
-    from benchmarks.models import NAMES
-
     if args.summary:
         from benchmarks.serving_summary import print_summary
 

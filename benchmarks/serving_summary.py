@@ -42,8 +42,6 @@ class Run:
     device: str
     date: str
     """Of its newest record."""
-    records: list[str] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
 
     def find(
@@ -71,8 +69,6 @@ def load_runs(folder: Path = RECORDS) -> list[Run]:
         key = record["run"], record["device"]
         run = runs.setdefault(key, Run(*key, record["date"]))
         run.date = max(run.date, record["date"])
-        run.records.append(path.name)
-        run.commands.append(record["command"])
         run.cells += [{"record": path.name, **cell} for cell in record["cells"]]
     return sorted(runs.values(), key=lambda run: run.date, reverse=True)
 
@@ -92,7 +88,10 @@ class Figure(NamedTuple):
 
     def of(self, run: Run, dtype: str, model: str = MODEL) -> float | None:
         """The number, if it was measured."""
-        cell = self.cell(run, dtype, model)
+        return self.read(self.cell(run, dtype, model))
+
+    def read(self, cell: dict[str, Any] | None) -> float | None:
+        """The number in such a cell."""
         value = None if cell is None else cell.get(self.name)
         if isinstance(value, list):
             return statistics.median(value) if value else None
@@ -266,7 +265,7 @@ class Ratio(NamedTuple):
     run: Run
     ours: float
     baseline: float
-    records: tuple[str, ...] = ()
+    records: tuple[str, ...]
     """That they are from."""
 
     @property
@@ -278,10 +277,10 @@ class Ratio(NamedTuple):
 def ratio(row: Row, baseline: str, runs: Iterable[Run], dtype: str = OURS) -> Ratio | None:
     """A row's ratio in the newest run that has both sides."""
     for run in runs:
-        ours, theirs = row.figure.of(run, dtype), row.figure.of(run, baseline)
+        cells = [row.figure.cell(run, name) for name in (dtype, baseline)]
+        ours, theirs = map(row.figure.read, cells)
         if ours is not None and theirs:
-            cells = [row.figure.cell(run, name) or {} for name in (dtype, baseline)]
-            return Ratio(run, ours, theirs, tuple(cell.get("record", "") for cell in cells))
+            return Ratio(run, ours, theirs, tuple(cell["record"] for cell in cells if cell))
     return None
 
 

@@ -14,6 +14,7 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 (``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
 """
 
+from .basis import Turns
 from .decode import (
     MAX_GROUP,
     MAX_VALUE_PLANES,
@@ -37,6 +38,7 @@ __all__ = [
     "DecodeScratch",
     "DeviceFormat",
     "StepTables",
+    "Turns",
     "allocate_scratch",
     "allocate_tables",
     "build_tables",

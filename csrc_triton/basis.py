@@ -6,6 +6,10 @@
     turned = T_K^-T q,    shift = q . mean_K
     visual = T_V^-1 codes + mean_V,    lse = lse_codes + scale shift
 
+The first kernel also spreads the turned query over the planes of K, which is what the kernel for
+components of any width reads (:mod:`csrc_triton.profile_gluon`); :func:`spread_query` does that for
+queries that come without a launch of it.
+
 The second kernel also merges the visual part with the text part.  A program has 16 rows, pairs of
 token and query head of one KV head, and 32 of their channels.  With ``PDL`` the next launch need
 not wait for the first kernel's end, and the second one begins before the launch before it ends.
@@ -13,6 +17,7 @@ not wait for the first kernel's end, and the second one begins before the launch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,13 +27,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import launch
 from .merge import add_parts, begin_merge, end_merge
-from .tables import cdiv, next_power_of_2
+from .tables import DeviceFormat, cdiv, next_power_of_2
 
 ROWS, COLUMNS = 16, 32
 
 
-class Turn(Protocol):
-    """What a basis takes back of K or of V, as ``vllm_calibquant.attention.basis.PartBasis``."""
+class _PartBasis(Protocol):
+    """A ``vllm_calibquant.attention.basis.PartBasis``."""
 
     @property
     def inverse(self) -> torch.Tensor:
@@ -39,16 +44,45 @@ class Turn(Protocol):
         """float32 ``[Hkv, D]``."""
 
 
-class Turns(Protocol):
-    """Of K and of V."""
+class _Basis(Protocol):
+    """A ``vllm_calibquant.attention.basis.Basis``."""
 
     @property
-    def key(self) -> Turn:
+    def key(self) -> _PartBasis:
         """Of K."""
 
     @property
-    def value(self) -> Turn:
+    def value(self) -> _PartBasis:
         """Of V."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """What the basis of a layer takes back of K and of V."""
+
+    key: torch.Tensor
+    """float32 ``[Hkv, D + P, D]``: transposed inverse, and for each of P planes its component's row
+    times ``DeviceFormat.key_weights``; P is 0 where components have one width."""
+    key_mean: torch.Tensor
+    """float32 ``[Hkv, D]``."""
+    value: torch.Tensor
+    """float32 ``[Hkv, D, D]``: transposed inverse."""
+    value_mean: torch.Tensor
+    """float32 ``[Hkv, D]``."""
+
+    @classmethod
+    def of(cls, basis: _Basis, fmt: DeviceFormat) -> Turns:
+        """Of a basis on the format's device."""
+        key = basis.key.inverse
+        if not fmt.full_page_bits and fmt.key_pairs is not None:
+            planes = key[:, fmt.key_source[0]] * fmt.key_weights.float()[:, None]
+            key = torch.cat([key, planes], 1)
+        return cls(key, basis.key.mean, basis.value.inverse, basis.value.mean)
+
+    @property
+    def num_planes(self) -> int:
+        """P."""
+        return self.key.shape[1] - self.key.shape[2]
 
 
 @triton.jit
@@ -63,26 +97,34 @@ def _rows(num_tokens, GROUP: tl.constexpr, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_sh", "num_tokens"])
 def _turn_query_kernel(
     p_q, stride_qt, stride_qh, p_inverse, p_mean, p_turned, stride_tt, stride_th,
-    p_shift, stride_sh, num_tokens,
+    p_shift, stride_sh, p_spread, num_tokens,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    NUM_HEADS: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Programs behind those of the D channels have planes."""
     if PDL:
         gdc_launch_dependents()  # the next launch waits for this one's results itself
     token, i_head, m_r = _rows(num_tokens, GROUP, BM)
     o_d = tl.arange(0, BD)
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
-    m_d, m_n = o_d < D, o_n < D
+    m_d = o_d < D
+    first_plane = (tl.program_id(2) - tl.cdiv(D, BN)) * BN
+    o_p = first_plane + tl.arange(0, BN)
+    o_n = tl.where(first_plane < 0, tl.program_id(2) * BN, D + first_plane) + tl.arange(0, BN)
+    m_n = tl.where(first_plane < 0, o_n < D, o_p < PLANES)
     p_row = p_q + token * stride_qt + i_head * stride_qh
     q = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0)
     q = q.to(tl.float32)
-    p_part = p_inverse + tl.program_id(1) * (D * D)
+    p_part = p_inverse + tl.program_id(1) * ((D + PLANES) * D)
     m = m_d[:, None] & m_n[None, :]
     inverse = tl.load(p_part + o_n[None, :] * D + o_d[:, None], mask=m, other=0)  # transposed
     turned = tl.dot(q, inverse)
-    p_row = p_turned + token * stride_tt + i_head * stride_th
     m = m_r[:, None] & m_n[None, :]
-    tl.store(p_row[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
+    if first_plane < 0:
+        p_row = p_turned + token * stride_tt + i_head * stride_th
+        tl.store(p_row[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
+    else:
+        p_row = p_spread + (token * NUM_HEADS + i_head) * PLANES
+        tl.store(p_row[:, None] + o_p[None, :], turned.to(tl.bfloat16), mask=m)
     if tl.program_id(2) == 0:
         mean = tl.load(p_mean + tl.program_id(1) * D + o_d, mask=m_d, other=0)
         tl.store(p_shift + i_head * stride_sh + token, tl.sum(q * mean[None, :], 1), mask=m_r)
@@ -120,7 +162,7 @@ def _merge_turned_kernel(
     lse = tl.load(p_lse + i_head * stride_ll + token)
     lse += scale * tl.load(p_shift + i_head * stride_sh + token)
     top, total, out, wide = add_parts(top, total, out, wide, lse[None, :], visual[None, :, :])
-    out, lse = end_merge(top, total, out, wide, p_mean, o_n, D, 0, 0)
+    out, lse = end_merge(top, total, out, wide, (), o_n, 0)
     p_row = p_out + token * stride_ot + i_head * stride_oh
     m = m_r[:, None] & m_n[None, :]
     tl.store(p_row[:, None] + o_n[None, :], out.to(p_out.dtype.element_ty), mask=m)
@@ -128,9 +170,9 @@ def _merge_turned_kernel(
         tl.store(p_out_lse + i_head * stride_el + token, lse, mask=m_r)
 
 
-def _grid_and_sizes(num_tokens: int, num_heads: int, turn: Turn) -> tuple[tuple, dict[str, int]]:
+def _grid_and_sizes(num_tokens: int, num_heads: int, turns: Turns) -> tuple[tuple, dict[str, int]]:
     """Grid and constants of both kernels."""
-    num_kv_heads, d = turn.mean.shape
+    num_kv_heads, d = turns.key_mean.shape
     group = num_heads // num_kv_heads
     grid = (cdiv(num_tokens * group, ROWS), num_kv_heads, cdiv(d, COLUMNS))
     sizes = {"GROUP": group, "D": d, "BD": next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
@@ -138,16 +180,16 @@ def _grid_and_sizes(num_tokens: int, num_heads: int, turn: Turn) -> tuple[tuple,
 
 
 def turn_query(
-    query: torch.Tensor, key: Turn, *, pdl: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: torch.Tensor, turns: Turns, *, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries for coded keys.
 
     Parameters
     ----------
     query
         ``[num_tokens, Hq, D]``; query heads of a KV head are neighbours.
-    key
-        Basis of K.
+    turns
+        Of the layer's basis.
     pdl
         Whether the next launch may begin at once; then it must wait for this one itself.
 
@@ -157,26 +199,50 @@ def turn_query(
         ``[num_tokens, Hq, D]`` in the query's dtype: ``T_K^-T q``.
     shift : torch.Tensor
         float32 ``[Hq, num_tokens]``: ``q . mean_K``, what every visual score lacks before scaling.
+    spread : torch.Tensor
+        bfloat16 ``[num_tokens, Hq, P]``: ``turned`` as :func:`spread_query` spreads it.
     """
     num_tokens, num_heads, _ = query.shape
+    num_planes = turns.num_planes
     turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     shift = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    spread = query.new_empty((num_tokens, num_heads, num_planes), dtype=torch.bfloat16)
     if num_tokens > 0:
-        grid, sizes = _grid_and_sizes(num_tokens, num_heads, key)
+        grid, sizes = _grid_and_sizes(num_tokens, num_heads, turns)
         launch(
-            _turn_query_kernel, grid,
-            query, query.stride(0), query.stride(1), key.inverse, key.mean,
-            turned, turned.stride(0), turned.stride(1), shift, shift.stride(0), num_tokens,
-            **sizes, PDL=pdl, num_warps=2,
+            _turn_query_kernel, (*grid[:2], grid[2] + cdiv(num_planes, COLUMNS)),
+            query, query.stride(0), query.stride(1), turns.key, turns.key_mean,
+            turned, turned.stride(0), turned.stride(1), shift, shift.stride(0),
+            spread, num_tokens,
+            **sizes, NUM_HEADS=num_heads, PLANES=num_planes, PDL=pdl, num_warps=2,
         )  # fmt: skip
-    return turned, shift
+    return turned, shift, spread
+
+
+def spread_query(query: torch.Tensor, fmt: DeviceFormat) -> torch.Tensor:
+    """The query of every plane of K.
+
+    Parameters
+    ----------
+    query
+        ``[num_tokens, Hq, D]``.
+    fmt
+        Page format.
+
+    Returns
+    -------
+    torch.Tensor
+        bfloat16 ``[num_tokens, Hq, P]``: that of its component times ``fmt.key_weights``, which are
+        powers of two.
+    """
+    return query.bfloat16().index_select(-1, fmt.key_source[0]) * fmt.key_weights
 
 
 def merge_turned(
     out: torch.Tensor,
     codes: tuple[torch.Tensor, torch.Tensor],
     shift: torch.Tensor,
-    value: Turn,
+    turns: Turns,
     text: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     scale: float,
@@ -194,8 +260,8 @@ def merge_turned(
         float32 ``[Hq, num_tokens]``, -inf without visual tokens.
     shift
         Of :func:`turn_query`.
-    value
-        Basis of V.
+    turns
+        Of the layer's basis.
     text
         Output and log-sum-exp of the text part, which is -inf or +inf without keys, or None.
     scale
@@ -212,11 +278,11 @@ def merge_turned(
     x, x_lse = codes
     text_out, text_lse = text or codes
     out_lse = x_lse if lse is None else lse
-    grid, sizes = _grid_and_sizes(num_tokens, num_heads, value)
+    grid, sizes = _grid_and_sizes(num_tokens, num_heads, turns)
     launch(
         _merge_turned_kernel, grid,
         x, x.stride(0), x.stride(1), x_lse, x_lse.stride(0), shift, shift.stride(0), scale,
-        value.inverse, value.mean, text_out, text_out.stride(0), text_out.stride(1),
+        turns.value, turns.value_mean, text_out, text_out.stride(0), text_out.stride(1),
         text_lse, text_lse.stride(0), out, out.stride(0), out.stride(1),
         out_lse, out_lse.stride(0), num_tokens,
         **sizes, HAS_TEXT=text is not None, HAS_LSE=lse is not None, PDL=pdl, num_warps=2,

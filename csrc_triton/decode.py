@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
-from .basis import Turns, merge_turned, turn_query
+from .basis import Turns, merge_turned, spread_query, turn_query
 from .launch import launch
 from .merge import _merge_splits_kernel, merged_heads
 from .metadata import StepTables
@@ -150,7 +150,7 @@ def decode_attention(
     lse
         float32 ``[Hq, num_requests]``, written if given: the log-sum-exp of everything in ``out``.
     basis
-        That of a profile, in which keys and values were coded.
+        In which keys and values were coded, as ``Turns.of`` the same format.
     kernel
         "gluon", "triton", or "auto": Gluon where it serves the format and the device.
 
@@ -178,7 +178,7 @@ def decode_attention(
     elif serves_uniform(fmt):
         split = _split_gluon
     else:
-        split = partial(_split_profile, turned=basis is not None)
+        split = _split_profile
         planes = fmt.page.value_planes
     if scratch.out.shape[2] < planes + d:
         raise ValueError(
@@ -189,12 +189,16 @@ def decode_attention(
         split(tables, scratch, fmt, query, kv_cache, scale, calibration)
         _merge_splits(tables, scratch, fmt, out, text, lse, planes, pdl, False)
         return
-    turned, shift = turn_query(query, basis.key, pdl=pdl)
+    turned, shift, spread = turn_query(query, basis, pdl=pdl)
     codes = torch.empty_like(query, dtype=torch.float32)
     codes_lse = torch.empty_like(shift)
+    if planes:
+        split = partial(_split_profile, spread=spread)
+    elif use_gluon:
+        split = partial(_split_gluon, turned=True)
     split(tables, scratch, fmt, turned, kv_cache, scale, calibration)
     _merge_splits(tables, scratch, fmt, codes, None, codes_lse, planes, pdl, True)
-    merge_turned(out, (codes, codes_lse), shift, basis.value, text, scale=scale, lse=lse, pdl=pdl)
+    merge_turned(out, (codes, codes_lse), shift, basis, text, scale=scale, lse=lse, pdl=pdl)
 
 
 def _merge_splits(
@@ -277,6 +281,7 @@ def _split_gluon(
     kv_cache: torch.Tensor,
     scale: float,
     calibration: tuple[float, float] | None,
+    turned: bool = False,
 ) -> None:
     _, num_heads, d = query.shape
     num_kv_heads = kv_cache.shape[1]
@@ -294,9 +299,9 @@ def _split_gluon(
             scratch.scores, scratch.scores.shape[0] - 1, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=group, N=8 if group <= 8 else 16, D=d,
             BITS=fmt.uniform_bits, SLOTS=fmt.page.slots, RANGE_OFFSET=fmt.page.range_offset // 2,
-            HALF=tables.half_slots, MODE=mode, PDL=pdl,
+            HALF=tables.half_slots, MODE=mode, PDL=pdl, TURNED=pdl and turned,
             num_warps=1, maxnreg=max_registers(mode, group),
-            **({"launch_pdl": True} if pdl and mode == CALIBRATE else {}),
+            **({"launch_pdl": True} if pdl and (turned or mode == CALIBRATE) else {}),
         )  # fmt: skip
 
 
@@ -308,8 +313,11 @@ def _split_profile(
     kv_cache: torch.Tensor,
     scale: float,
     calibration: tuple[float, float] | None,
-    turned: bool,
+    spread: torch.Tensor | None = None,
 ) -> None:
+    turned = spread is not None  # by a launch that this one need not have waited for
+    if spread is None:
+        spread = spread_query(query, fmt)
     _, num_heads, d = query.shape
     num_kv_heads = kv_cache.shape[1]
     tau_min, tau_max = calibration or (0.0, 0.0)
@@ -319,13 +327,13 @@ def _split_profile(
         waits = pdl and (turned or mode == CALIBRATE)
         launch(
             _profile_kernel, (num_kv_heads, tables.target_programs),
-            query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+            query, query.stride(0), query.stride(1), spread, cache_words(kv_cache), kv_cache,
             kv_cache.stride(0), kv_cache.stride(1),
             tables.runs, tables.runs.stride(0),
             tables.items, tables.item_start, tables.program_item, tables.plan,
             tables.num_runs, tables.num_runs, 0, 0, 0, 0, 1,
             scratch.out, scratch.lse, scratch.low, scratch.high,
-            fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
+            fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
             NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, D=d,
             KEY_PLANES=page.key_planes, VALUE_PLANES=page.value_planes, SLOTS=page.slots,
             RANGE_OFFSET=page.range_offset // 2, HALF=tables.half_slots, MODE=mode, DECODE=True,

@@ -234,8 +234,9 @@ def _decode_kernel(
     p_out, p_lse, p_low, p_high, p_scores, score_runs, scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     BITS: gl.constexpr, SLOTS: gl.constexpr, RANGE_OFFSET: gl.constexpr, HALF: gl.constexpr,
-    MODE: gl.constexpr, PDL: gl.constexpr,
+    MODE: gl.constexpr, PDL: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
+    """With TURNED this launch begins before that of the queries has ended."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -253,6 +254,8 @@ def _decode_kernel(
     item_begin = gl.load(p_program_item + i_program)
     item_end = gl.load(p_program_item + i_program + 1)
     if i_program >= num_programs:
+        if TURNED:
+            gdc_wait()  # or the launches after this one could overtake the one before it
         return
 
     # What is the same for all items.
@@ -309,6 +312,8 @@ def _decode_kernel(
         )
 
         # Queries as a B operand [D, N] with the powers of the code bits.
+        if TURNED:
+            gdc_wait()
         p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
         q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
         q_code = (q * query_weight(o_k)[:, None]).to(gl.bfloat16)

@@ -21,16 +21,21 @@ from .tables import next_power_of_2
 
 
 @triton.jit
-def combine_planes(
-    wide, p_plane, o_d, D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
-    BP: tl.constexpr,
-):  # fmt: skip
-    """Numbers of components o_d from [BP] of V planes and, behind them, of offsets."""
-    out = tl.gather(wide, tl.minimum(PLANES + o_d, BP - 1), 0)
+def load_planes(p_plane, o_d, D: tl.constexpr, BITS: tl.constexpr):
+    """V planes of the bits of components o_d, -1 for none; a merge asks for them at once."""
+    planes = ()
     for b in tl.static_range(BITS):
-        plane = tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1)
-        x = tl.gather(wide, tl.maximum(plane, 0), 0)
-        out += tl.where(plane >= 0, x, 0.0) * (1 << b)
+        planes = planes + (tl.load(p_plane + b * D + o_d, mask=o_d < D, other=-1),)
+    return planes
+
+
+@triton.jit
+def _combine_planes(wide, planes, o_d, PLANES: tl.constexpr):
+    """Numbers of components o_d from [BP] of V planes and, behind them, of offsets."""
+    out = tl.gather(wide, tl.minimum(PLANES + o_d, wide.shape[0] - 1), 0)
+    for b in tl.static_range(len(planes)):
+        x = tl.gather(wide, tl.maximum(planes[b], 0), 0)
+        out += tl.where(planes[b] >= 0, x, 0.0) * (1 << b)
     return out
 
 
@@ -80,15 +85,11 @@ def add_parts(m_h, l_h, out, wide, lse, x):
 
 
 @triton.jit
-def end_merge(
-    m_h, l_h, out, wide, p_plane, o_d,
-    D: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
+def end_merge(m_h, l_h, out, wide, planes, o_d, PLANES: tl.constexpr):
     """Output [heads, BD] and its log-sum-exp [heads], -inf without keys."""
     if PLANES > 0:
         tl.static_assert(wide.shape[0] == 1)
-        BP: tl.constexpr = wide.shape[1]
-        out += combine_planes(wide.reshape([BP]), p_plane, o_d, D, PLANES, BITS, BP)[None, :]
+        out += _combine_planes(wide.reshape([wide.shape[1]]), planes, o_d, PLANES)[None, :]
     else:
         out += wide
     safe = tl.where(l_h > 0, l_h, 1.0)
@@ -118,6 +119,7 @@ def _merge_splits_kernel(
     # All that does not hang on something else is loaded at once: this launch is mostly waiting.
     begin = tl.load(p_item_start + first_req + i_row)
     end = tl.load(p_item_start + first_req + i_row + 1)
+    planes = load_planes(p_plane, o_d, D, BITS)
     o_p = tl.arange(0, BP)
     p_text += i_row.to(tl.int64) * stride_tt
     m_h, l_h, out, wide = begin_merge(
@@ -135,7 +137,7 @@ def _merge_splits_kernel(
         m = m_item[:, :, None] & (o_p < PLANES + D)[None, None, :]
         x = tl.load(p_part + at[:, :, None] * (PLANES + D) + o_p[None, None, :], mask=m, other=0)
         m_h, l_h, out, wide = add_parts(m_h, l_h, out, wide, lse, x)
-    out, lse = end_merge(m_h, l_h, out, wide, p_plane, o_d, D, PLANES, BITS)
+    out, lse = end_merge(m_h, l_h, out, wide, planes, o_d, PLANES)
     p_row = p_out + i_row.to(tl.int64) * stride_ot + o_h[:, None] * stride_oh
     tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
     if HAS_LSE:

@@ -6,6 +6,7 @@ among several, whose results a second kernel merges.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
+from .basis import spread_query
 from .decode import MAX_REGISTERS, serves_planes, serves_uniform
 from .launch import launch
-from .merge import add_parts, begin_merge, end_merge, merged_heads
+from .merge import add_parts, begin_merge, end_merge, load_planes, merged_heads
 from .metadata import StepTables
 from .tables import (
     DeviceFormat,
@@ -48,7 +50,10 @@ HOPPER_REGISTERS = 168
 """Three programs a multiprocessor."""
 
 PART_ROWS = 1024
-"""Queries whose partial results are held at a time: one number for each plane and channel."""
+"""Queries whose partial results are held at a time: one number for each plane and channel.
+
+A launch has as many for each of its requests as for the longest.
+"""
 
 
 @triton.jit(
@@ -80,6 +85,7 @@ def _merge_kernel(
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     o_d = tl.arange(0, BD)
     m_d = (o_d < D)[None, :]
+    planes = load_planes(p_plane, o_d, D, BITS)
     o_p = tl.arange(0, BP)
     p_text += row * stride_xt
     m_h, l_h, out, wide = begin_merge(
@@ -96,7 +102,7 @@ def _merge_kernel(
         m = m_s[:, :, None] & (o_p < PLANES + D)[None, None, :]
         x = tl.load(p_part + at[:, :, None] + o_p[None, None, :], mask=m, other=0).to(tl.float32)
         m_h, l_h, out, wide = add_parts(m_h, l_h, out, wide, lse, x)
-    out, lse = end_merge(m_h, l_h, out, wide, p_plane, o_d, D, PLANES, BITS)
+    out, lse = end_merge(m_h, l_h, out, wide, planes, o_d, PLANES)
     p_row = p_out + row * stride_ot + o_h[:, None] * stride_oh
     tl.store(p_row + o_d[None, :], out.to(p_out.dtype.element_ty), mask=m_d)
     tl.store(p_lse + o_h * stride_lh + row, lse)
@@ -136,6 +142,7 @@ def prefill_attention(
     scale: float,
     calibration: tuple[float, float] | None = None,
     text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    query_lens: Sequence[int] | None = None,
     splits: int | None = None,
     kernel: str = "auto",
 ) -> None:
@@ -172,6 +179,9 @@ def prefill_attention(
     text
         Output ``[num_tokens, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_tokens]``, -inf or +inf
         for no keys) of all else that the queries see, to merge into ``out`` and ``lse``.
+    query_lens
+        Query lengths of the named requests where the host knows them: the kernel for components of
+        any width then serves long and short ones apart.
     splits
         Shares of a request's runs, at most 16; None to choose by the number of programs.
     kernel
@@ -192,8 +202,8 @@ def prefill_attention(
     chosen = _choose_kernel(kernel, fmt, query.device, rows)
     if chosen == "gluon" and not serves_uniform(fmt):
         _prefill_planes(
-            tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request, num_requests,
-            max_query_len, scale, calibration, text, splits,
+            tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request,
+            query_lens or (max_query_len,) * num_requests, scale, calibration, text, splits,
         )  # fmt: skip
         return
     if chosen == "triton":
@@ -273,10 +283,62 @@ def prefill_attention(
         )  # fmt: skip
 
 
+def alike(query_lens: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
+    """Requests that a launch of some rows serves together, if it has as many for each.
+
+    Parameters
+    ----------
+    query_lens
+        Queries of each request.
+    rows
+        Most rows of requests that are served together.
+
+    Returns
+    -------
+    list
+        First request, number, and most queries of one, of neighbours of similar length.  A request
+        with more queries than rows is alone, and one without any may be left out.
+    """
+    out: list[tuple[int, int, int]] = []
+    for i, length in enumerate(query_lens):
+        first, number, longest = out[-1] if out else (i, 0, 0)
+        longest = max(longest, length)
+        if out and (number + 1) * longest <= rows:
+            out[-1] = (first, number + 1, longest)
+        elif length > 0:
+            out.append((i, 1, length))
+    return out
+
+
 def _prefill_planes(
     tables: StepTables,
     fmt: DeviceFormat,
     query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first_request: int,
+    query_lens: Sequence[int],
+    scale: float,
+    calibration: tuple[float, float] | None,
+    text: tuple[torch.Tensor, torch.Tensor] | None,
+    splits: int | None,
+) -> None:
+    """The same for components of any width; PART_ROWS queries at a time."""
+    spread = spread_query(query, fmt)
+    for first, number, longest in alike(query_lens, PART_ROWS):
+        _prefill_alike(
+            tables, fmt, query, spread, kv_cache, query_start_loc, out, lse, first_request + first,
+            number, longest, scale, calibration, text, splits,
+        )  # fmt: skip
+
+
+def _prefill_alike(
+    tables: StepTables,
+    fmt: DeviceFormat,
+    query: torch.Tensor,
+    spread: torch.Tensor,
     kv_cache: torch.Tensor,
     query_start_loc: torch.Tensor,
     out: torch.Tensor,
@@ -289,29 +351,32 @@ def _prefill_planes(
     text: tuple[torch.Tensor, torch.Tensor] | None,
     splits: int | None,
 ) -> None:
-    """The same for components of any width; some queries of each request at a time."""
+    """The same for some requests of similar length."""
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group, page, planes = num_heads // num_kv_heads, fmt.page, fmt.page.value_planes
-    window = min(max_query_len, max(PART_ROWS // num_requests, 16))
+    window = min(max_query_len, PART_ROWS)
     tiles = cdiv(window * group, PLANE_ROWS)
     if splits is None:
         at_once = PROGRAMS_PER_SM["planes"] * _multiprocessors(query.device)
         splits = min(MAX_SPLITS, max(at_once // (tiles * num_kv_heads * num_requests), 1))
     shape = (splits, num_requests * window, num_heads)
-    part_lse, low, high = torch.empty(3, *shape, dtype=torch.float32, device=query.device)
+    # Not parts of one tensor, which could begin anywhere: a kernel is compiled for alignments.
+    part_lse = low = high = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if calibration is not None:
+        low, high = torch.empty_like(part_lse), torch.empty_like(part_lse)
     part = torch.empty(*shape, planes + d, dtype=torch.float32, device=query.device)
     tau_min, tau_max = calibration or (0.0, 0.0)
     for first_query in range(0, max_query_len, window):
         for mode in (ATTEND,) if calibration is None else (EXTREMES, CALIBRATE):
             launch(
                 _planes_kernel, (tiles, num_kv_heads, num_requests * splits),
-                query, query.stride(0), query.stride(1), cache_words(kv_cache), kv_cache,
+                query, query.stride(0), query.stride(1), spread, cache_words(kv_cache), kv_cache,
                 kv_cache.stride(0), kv_cache.stride(1), tables.runs, tables.runs.stride(0),
                 tables.items, tables.item_start, tables.program_item, tables.plan,
                 tables.num_runs, query_start_loc, first_request, num_requests, first_query, window,
                 splits, part, part_lse, low, high,
-                fmt.key_source, fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
+                fmt.key_pairs, fmt.value_pairs, scale, tau_min, tau_max,
                 NUM_HEADS=num_heads, GROUP=group, D=d, KEY_PLANES=page.key_planes,
                 VALUE_PLANES=planes, SLOTS=page.slots, RANGE_OFFSET=page.range_offset // 2,
                 HALF=tables.half_slots, MODE=mode, DECODE=False, PDL=False,

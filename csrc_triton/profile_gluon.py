@@ -5,9 +5,9 @@ head, as in :mod:`csrc_triton.decode_gluon`; in prefill a share of a request's r
 pairs of query token and head of one KV head.  What differs from the kernels for one width is that
 planes are rows and columns of their own:
 
-* scores: the query has a row for each plane, its component's times ``2**bit``.  It waits in shared
-  memory; a page's K scales are copied into the order of planes, so that their product is as cheap
-  as with one bit.
+* scores: the query has a row for each plane, its component's times ``2**bit``
+  (``csrc_triton.basis.spread_query``).  It waits in shared memory; a page's K scales are copied
+  into the order of planes, so that their product is as cheap as with one bit.
 * output: the accumulator has a row for each plane, in units of the page's V scale as in
   :mod:`csrc_triton.prefill_gluon`, and one for each component for the offsets.  What the planes
   stand for is added up in the merge (:mod:`csrc_triton.merge`, :mod:`csrc_triton.prefill`).
@@ -46,7 +46,6 @@ from .fragments import (
     multiply,
     num_groups,
     pow2,
-    query_weight,
     repeat_rows,
     run_slots,
     value_operand,
@@ -361,16 +360,16 @@ def _query_buffers(PLANES: gl.constexpr, N: gl.constexpr):
     return out
 
 
+_COPIED = gl.constexpr(gl.BlockedLayout([8, 1], [4, 8], [1, 1], [0, 1]))
+"""Layout of copies of the query, [planes, N]: 16 bytes a lane."""
+
+
 @gluon.jit
-def _store_query(buffers, p_qi, m_n, p_source, PLANES: gl.constexpr, B: gl.constexpr):
-    """Query of each plane: its component's times 2**bit, with the powers of the code bits."""
+def _fetch_query(queries, p_rows, PLANES: gl.constexpr):
+    """Start to copy the planes of some rows [N]."""
     for i in gl.static_range(_num_pieces(PLANES)):
-        o_k = gl.arange(0, _piece_size(PLANES, i), gl.SliceLayout(1, B))
-        p_plane = p_source + _piece_first(PLANES, i) + o_k
-        component, bit = gl.load(p_plane), gl.load(p_plane + PLANES)
-        weight = gl.where(bit >= 0, query_weight(o_k) * pow2(bit), 0.0)
-        q = gl.load(p_qi + component[:, None], mask=m_n, other=0.0).to(gl.float32)
-        buffers[i].store((q * weight[:, None]).to(gl.bfloat16))
+        o = gl.arange(0, _piece_size(PLANES, i), gl.SliceLayout(1, _COPIED))
+        async_load(queries[i], p_rows[None, :] + _piece_first(PLANES, i) + o[:, None])
 
 
 @gluon.jit
@@ -381,8 +380,8 @@ def _page_query(
     """The bias q . lo_K in 16 equal rows, and the query in units of a page's K scales."""
     D: gl.constexpr = q.shape[0]
     N: gl.constexpr = q.shape[1]
-    low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
-    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], gl.bfloat16, A))
+    low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A))
+    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], DTYPE, A))
     bias = mma_v2(rows, q, gl.zeros([16, N], gl.float32, MMA))
     bias = bias * 9.313225746154785e-10  # 2**-SCORE_EXP
     out = ()
@@ -416,10 +415,10 @@ def _inverse(x):
 # One compilation for all steps: what changes from step to step is not specialised.
 @gluon.jit(do_not_specialize=["first_req", "num_reqs", "first_query", "window", "splits"])
 def _attend_kernel(
-    p_q, stride_qt, stride_qh, p_words, p_cache, stride_page, stride_head,
+    p_q, stride_qt, stride_qh, p_planes, p_words, p_cache, stride_page, stride_head,
     p_runs, stride_runs, p_items, p_item_start, p_program_item, p_plan,
     p_num_runs, p_query_start, first_req, num_reqs, first_query, window, splits,
-    p_out, p_lse, p_low, p_high, p_key_source, p_key_pairs, p_value_pairs,
+    p_out, p_lse, p_low, p_high, p_key_pairs, p_value_pairs,
     scale, tau_min, tau_max,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     KEY_PLANES: gl.constexpr, VALUE_PLANES: gl.constexpr, SLOTS: gl.constexpr,
@@ -440,9 +439,10 @@ def _attend_kernel(
     PIECES: gl.constexpr = _num_pieces(VALUE_PLANES)
     N: gl.constexpr = _N
 
+    o_c = gl.arange(0, N, COLUMN)
     o_k = gl.arange(0, D, gl.SliceLayout(1, B))
     o_n = gl.arange(0, N, gl.SliceLayout(0, B))
-    o_c = gl.arange(0, N, COLUMN)
+    o_r = gl.arange(0, N, gl.SliceLayout(0, _COPIED))
     o_d = gl.arange(0, D, ROW)
     unit = scale * LOG2E * 1073741824.0  # 2**SCORE_EXP: accumulators to log2 of a probability
     if DECODE:
@@ -457,7 +457,6 @@ def _attend_kernel(
             if WAITS:
                 gdc_wait()  # or the launches after this one could overtake the one before it
             return
-        m_n = o_n < GROUP
         m_c = o_c < GROUP
     else:
         i_head = gl.program_id(1)
@@ -472,7 +471,6 @@ def _attend_kernel(
         num_runs = gl.load(p_num_runs + req)
         item_begin = 0
         item_end = 1
-        m_n = first_row + o_n < num_rows
         m_c = first_row + o_c < num_rows
 
     # Two stages for K and the ranges of both parts, which come while the page before is used; the
@@ -524,17 +522,23 @@ def _attend_kernel(
         if DECODE:
             if WAITS:
                 gdc_wait()  # for queries and extremes; all else was there before their launches
-            p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n) * stride_qh
+            p_query = p_q + req.to(gl.int64) * stride_qt
+            p_query += (i_head * GROUP + gl.minimum(o_n, GROUP - 1)) * stride_qh
+            row = req.to(gl.int64) * NUM_HEADS + i_head * GROUP + gl.minimum(o_r, GROUP - 1)
             at = i_item.to(gl.int64) * NUM_HEADS + i_head * GROUP + o_c
         else:
-            token = (query_begin + (first_row + o_n) // GROUP).to(gl.int64)
-            p_qi = p_q + token * stride_qt
-            p_qi += (i_head * GROUP + (first_row + o_n) % GROUP) * stride_qh
+            row = gl.minimum(first_row + o_n, num_rows - 1)
+            p_query = p_q + (query_begin + row // GROUP).to(gl.int64) * stride_qt
+            p_query += (i_head * GROUP + row % GROUP) * stride_qh
+            row = gl.minimum(first_row + o_r, num_rows - 1)
+            row = (query_begin + row // GROUP).to(gl.int64) * NUM_HEADS + row % GROUP
+            row += i_head * GROUP
             at = (i_split * num_reqs + i_req).to(gl.int64) * window
             at = (at + (first_row + o_c) // GROUP) * NUM_HEADS
             at += i_head * GROUP + (first_row + o_c) % GROUP
-        q = gl.load(p_qi[None, :] + o_k[:, None], mask=m_n[None, :], other=0.0).to(gl.bfloat16)
-        _store_query(queries, p_qi[None, :], m_n[None, :], p_key_source, KEY_PLANES, B)
+        _fetch_query(queries, p_planes + row * KEY_PLANES, KEY_PLANES)
+        async_copy.commit_group()
+        q = gl.load(p_query[None, :] + o_k[:, None])
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
@@ -581,6 +585,8 @@ def _attend_kernel(
                     )
             async_copy.commit_group()
             async_copy.wait_group(1 if MODE == 1 else 2)
+            if i_run == run_begin:
+                async_copy.wait_group(1)  # the query came last
             if MODE != 1:
                 inverse = _value_units(value_scales, stage, DTYPE, ROW)
                 scaled = ()

@@ -40,6 +40,9 @@ class DeviceFormat:
         int32 ``[max bits, D]``: the plane of bit b of component j, or -1.
     key_source, value_source : torch.Tensor
         int32 ``[2, P]``: component and bit of every plane; bit -1 for a padding plane.
+    key_weights : torch.Tensor
+        bfloat16 ``[P]``: what the query's component is multiplied by for every plane of K, so that
+        the products of code bits (:mod:`csrc_triton.fragments`) add up to ``2**-30`` scores.
     key_pairs, value_pairs : torch.Tensor or None
         int32 ``[P / 2]``: which pair of components two neighbouring planes belong to; None if
         there are neighbours that are no such pair.
@@ -65,6 +68,7 @@ class DeviceFormat:
     value_plane: torch.Tensor = field(init=False, repr=False, compare=False)
     key_source: torch.Tensor = field(init=False, repr=False, compare=False)
     value_source: torch.Tensor = field(init=False, repr=False, compare=False)
+    key_weights: torch.Tensor = field(init=False, repr=False, compare=False)
     key_pairs: torch.Tensor | None = field(init=False, repr=False, compare=False)
     value_pairs: torch.Tensor | None = field(init=False, repr=False, compare=False)
     key_clips: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -90,6 +94,7 @@ class DeviceFormat:
             object.__setattr__(self, f"{name}_source", source)
             object.__setattr__(self, f"{name}_pairs", _pairs(source))
             object.__setattr__(self, f"{name}_levels", levels)
+        object.__setattr__(self, "key_weights", _query_weights(self.key_source))
 
     @cached_property
     def uniform_bits(self) -> int:
@@ -133,6 +138,19 @@ def _plane_table(bits: tuple[int, ...]) -> torch.Tensor:
     planes = torch.arange(len(bit), dtype=torch.int32)
     table[bit[real], component[real]] = planes[real]
     return table
+
+
+def _query_weights(source: torch.Tensor) -> torch.Tensor:
+    """:attr:`DeviceFormat.key_weights`; the twin of ``csrc_triton.fragments.query_weight``."""
+    planes = source.shape[1]
+    pieces = [128] * (planes // 128) + [b for b in (64, 32, 16, 8) if planes & b]
+    block = torch.cat([torch.arange(n) // 8 for n in pieces])  # bit of a half-word
+    encoded = torch.ones(16, dtype=torch.int32) << torch.arange(16)
+    power = encoded.to(torch.int16).view(torch.bfloat16).double()
+    power[15] = -2.0  # the sign: a code bit is half of 1 minus what is read
+    bit = source[1].cpu()
+    weights = torch.where(bit >= 0, 2.0 ** (bit - 30) / power[block], 0.0)
+    return weights.bfloat16().to(source.device)
 
 
 def _pairs(source: torch.Tensor) -> torch.Tensor | None:

@@ -103,9 +103,11 @@ def make_parts(
         **cuda._weights("key", codec.key_estimator),
         **cuda._weights("value", codec.value_estimator),
     }
+    page_format = DeviceFormat(codec.page_format, "cpu", **weights)
     vars(impl).update(
         codec=codec,
-        page_format=DeviceFormat(codec.page_format, "cpu", **weights),
+        page_format=page_format,
+        turns=None if codec.basis is None else csrc_triton.Turns.of(codec.basis, page_format),
         tables=tables,
         scratch=csrc_triton.allocate_scratch(
             tables, heads, head_size, codec.page_format.value_planes
@@ -209,7 +211,7 @@ CASES = {
         {"preset": "calibquant-paper", "range_estimator": "quantile"},
     ),
     "1 bit, transformed": (of_width(4, 128, transform="hadamard"), 28, 4, {}),
-    "profile": (of_profile(64), 12, 2, {"preset": "calibquant-paper"}),
+    "profile": (of_profile(64), 6, 2, {"preset": "calibquant-paper"}),
     "profile, plain Triton": (of_profile(32), 4, 2, {}),
 }
 

@@ -38,7 +38,8 @@ POINTERS = {
     "p_b_lse": "fp32", "p_c_lse": "fp32", "p_key_clip": "fp32", "p_value_clip": "fp32",
     "p_key_mix": "fp32", "p_value_mix": "fp32",
     "p_key_levels": "fp32", "p_value_levels": "fp32", "p_slot_mapping": "i64",
-    "p_scratch": "u8", "p_inverse": "fp32", "p_mean": "fp32", "p_turned": "bf16", "p_shift": "fp32",
+    "p_planes": "bf16", "p_spread": "bf16", "p_scratch": "u8",
+    "p_inverse": "fp32", "p_mean": "fp32", "p_turned": "bf16", "p_shift": "fp32",
     "p_codes": "fp32", "p_keys": "bf16", "p_values": "bf16",
 }  # fmt: skip
 FLOATS = {"scale", "tau_min", "tau_max", "alpha"}
@@ -180,7 +181,8 @@ def test_merge():
     compile_kernel(prefill._merge_kernel, shares, 80, num_warps=1)
     compile_kernel(prefill._merge_kernel, shares | planes | {"BS": 16}, 80, num_warps=4)
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
-    compile_kernel(basis._turn_query_kernel, turned | {"PDL": False}, 80, num_warps=2)
+    spread = {"NUM_HEADS": 28, "PLANES": 0, "PDL": False}
+    compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
     turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
 
@@ -193,12 +195,13 @@ def test_join():
 
 def test_dependent_launches(tmp_path):
     turned = {"GROUP": 7, "D": 128, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS, "PDL": True}
+    spread = {"NUM_HEADS": 28, "PLANES": 160}
     merged = {"HAS_TEXT": True, "HAS_LSE": False}
     splits = {"NUM_HEADS": 28, "BH": 1, "D": 128, "BD": 128, "HAS_TEXT": False, "HAS_LSE": True,
               "BI": 8, "PDL": True, "TURNED": True, "PLANES": 160, "BITS": 3,
               "BP": 512}  # fmt: skip
     for kernel, constants, begins, waits in (
-        (basis._turn_query_kernel, turned, True, False),
+        (basis._turn_query_kernel, turned | spread, True, False),
         (merge._merge_splits_kernel, splits, True, True),
         (basis._merge_turned_kernel, turned | merged, False, True),
     ):
@@ -280,6 +283,7 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
         "BITS": bits,
         "SLOTS": slots, "RANGE_OFFSET": fmt.page.range_offset // 2,
         "HALF": metadata.half_slots(slots), "MODE": mode, "PDL": capability >= 90,
+        "TURNED": capability >= 90 and head_size == 64,
     }  # fmt: skip
     compiled = compile_kernel(
         _decode_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
@@ -320,7 +324,7 @@ def test_gluon_profile(capability, mode, case, prefill, tmp_path):
         "DECODE": not prefill, "PDL": capability >= 90, "WAITS": capability >= 90,
     }  # fmt: skip
     compiled = compile_kernel(
-        _attend_kernel, constants, capability, gluon.GluonASTSource, num_warps=1,
+        _attend_kernel, constants, capability, gluon.GluonASTSource, ("stride_q",), num_warps=1,
         maxnreg=decode.MAX_REGISTERS[mode],
     )  # fmt: skip
     assert compiled.metadata.shared + 1024 <= 227 * 1024 // 11, "eleven warps a multiprocessor"

@@ -107,6 +107,8 @@ class Prefills:
     """Their rows in the batch."""
     max_query_len: int
     """Most new tokens of one of them."""
+    query_lens: tuple[int, ...]
+    """New tokens of each."""
     query_start_loc: torch.Tensor
     """int32 ``[num_requests + 1]``, counted from their first row."""
     batch_query_start_loc: torch.Tensor
@@ -298,6 +300,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 num_requests=num_prefills,
                 tokens=slice(num_decode_tokens, common.num_actual_tokens),
                 max_query_len=common.max_query_len,
+                query_lens=tuple(_new_tokens(common)[num_decodes:]),
                 query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1]
                 - num_decode_tokens,
                 batch_query_start_loc=common.query_start_loc,
@@ -350,6 +353,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             **_weights("key", codec.key_estimator),
             **_weights("value", codec.value_estimator),
         )
+        basis = codec.basis
+        self.turns = None if basis is None else kernels.Turns.of(basis, self.page_format)
         fast = kernels.gluon_serves(self.page_format, self.num_queries_per_kv, device)
         planes = codec.page_format.key_planes + codec.page_format.value_planes
         logger.info_once(
@@ -472,7 +477,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             scale=self.scale,
             calibration=self.calibration,
             text=text,
-            basis=self.codec.basis,
+            basis=self.turns,
         )
 
     def _prefill(
@@ -613,16 +618,21 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             scale=self.scale,
             calibration=self.calibration,
             text=text,
+            query_lens=prefills.query_lens,
         )
         return lse
 
 
+def _new_tokens(common: CommonAttentionMetadata) -> list[int]:
+    """Tokens of each request that this step computes."""
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+    return [end - begin for begin, end in pairwise(starts)]
+
+
 def _contexts(common: CommonAttentionMetadata) -> list[int]:
     """Cached tokens of each request, exact except for decodes, which are scheduled ahead."""
-    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
     totals = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
-    new = (end - begin for begin, end in pairwise(starts))
-    return [total - n for total, n in zip(totals, new, strict=True)]
+    return [total - n for total, n in zip(totals, _new_tokens(common), strict=True)]
 
 
 def _any_new(common: CommonAttentionMetadata, spans: list[range]) -> bool:

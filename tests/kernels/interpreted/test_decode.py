@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csrc_triton import allocate_scratch, allocate_tables, build_tables, decode_attention
+from csrc_triton import Turns, allocate_scratch, allocate_tables, build_tables, decode_attention
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
@@ -86,10 +86,12 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     if with_text:
         text = (torch.cat(text_out).to(fmt.page.dtype).to(device),
                 torch.cat(text_lse, 1).float().to(device))  # fmt: skip
-    decode_attention(tables, scratch, make_format_on(fmt, device), query.to(device),
+    fmt = make_format_on(fmt, device)
+    turns = Turns.of(on_device(basis, device), fmt) if basis else None
+    decode_attention(tables, scratch, fmt, query.to(device),
                      pool.cache.to(device), out, scale=scale,
                      calibration=calibration, text=text, lse=lse, kernel=kernel,
-                     basis=on_device(basis, device) if basis else None)  # fmt: skip
+                     basis=turns)  # fmt: skip
     want, want_lse = torch.cat(want), torch.cat(want_lse, 1)
     assert relative_error(out, want) < 1e-2
     finite = want_lse.isfinite()
@@ -164,12 +166,14 @@ def run_graph(fmt, *, group, heads, in_basis=False):
     mapping = torch.full((b,), -1, dtype=torch.int64, device=device)
     in_table, in_lens = torch.zeros_like(table), torch.ones_like(real_lens)
     out = torch.empty_like(query)
-    basis = on_device(make_basis(heads, d, pool.generator), device) if in_basis else None
+    turns = None
+    if in_basis:
+        turns = Turns.of(on_device(make_basis(heads, d, pool.generator), device), fmt)
 
     def step(target, calibration):
         build_tables(tables, in_table, in_lens, starts, mapping, num_decodes=b)
         decode_attention(tables, scratch, fmt, query, cache, target, scale=d**-0.5,
-                         calibration=calibration, basis=basis)  # fmt: skip
+                         calibration=calibration, basis=turns)  # fmt: skip
 
     for calibration in (None, (0.0, 3.0)):
         in_table.zero_()

@@ -99,14 +99,27 @@ def test_prefill(head_size, bits, splits, calibration):
 
 
 @pytest.mark.parametrize(
-    ("case", "splits", "calibration"),
-    [("192 + 128 planes", 1, None), ("64 + 160 planes, 64 channels", 3, CALIBRATION)],
+    ("case", "splits", "calibration", "rows"),
+    [
+        ("192 + 128 planes", 1, None, 16),  # 16 queries of a request at a time
+        ("64 + 160 planes, 64 channels", 3, CALIBRATION, 40),  # the first two requests at once
+        ("64 + 160 planes, 64 channels", 1, None, None),
+    ],
 )
-def test_prefill_profile(case, splits, calibration, monkeypatch):
-    monkeypatch.setattr(prefill, "PART_ROWS", 48)  # 16 queries of each request at a time
+def test_prefill_profile(case, splits, calibration, rows, monkeypatch):
+    if rows:
+        monkeypatch.setattr(prefill, "PART_ROWS", rows)
     head_size, key, value, _, _ = decode_cases.PROFILES[case]
     bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-    prefill_cases.run_chunks(head_size, bits, 3, calibration, splits=splits, kernel="gluon")
+    prefill_cases.run_chunks(
+        head_size, bits, 3, calibration, splits=splits, kernel="gluon", lens_known=rows is not None
+    )
+
+
+def test_requests_of_similar_length_share_launches():
+    assert prefill.alike([20, 60, 8192, 30, 0, 20], 1024) == [(0, 2, 60), (2, 1, 8192), (3, 3, 30)]
+    assert prefill.alike([0, 16, *[16] * 1022, 2], 1024)[:2] == [(1, 64, 16), (65, 64, 16)]
+    assert sum(number for _, number, _ in prefill.alike([33] * 1000, 1024)) == 1000
 
 
 @pytest.mark.parametrize("name", ["1 bit, 64", "1 bit, 128", "2 bit, 64, fp16", "4 bit, 128"])

@@ -29,7 +29,9 @@ def test_shares_of_a_context(splits, calibration):
     run_chunks(64, 1, 7, calibration, splits=splits)
 
 
-def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None, kernel="auto"):
+def run_chunks(
+    head_size, bits, group, calibration, device="cpu", splits=None, kernel="auto", lens_known=True
+):
     fmt = make_format(head_size, bits)
     slots = fmt.page.slots
     pool = Pool(fmt, 1, 16)
@@ -53,6 +55,7 @@ def run_chunks(head_size, bits, group, calibration, device="cpu", splits=None, k
         prefill_attention(
             tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
             starts.to(device), out, lse, first_request=1, num_requests=3, max_query_len=19,
+            query_lens=query_lens[1:] if lens_known else None,
             scale=head_size**-0.5, calibration=calibration, text=text, splits=splits, kernel=kernel,
         )  # fmt: skip
         assert out[0].isnan().all()  # a decode request: not ours

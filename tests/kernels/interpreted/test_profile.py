@@ -11,6 +11,7 @@ import torch
 
 from csrc_triton import (
     DeviceFormat,
+    Turns,
     allocate_scratch,
     allocate_tables,
     build_tables,
@@ -94,7 +95,7 @@ def test_store_and_attention_in_a_basis(calibration):
         if rows == 1:
             scratch = allocate_scratch(tables, HEADS * GROUP, D)
             decode_attention(tables, scratch, fmt, query[-1:], cache, out, scale=scale,
-                             calibration=calibration, text=text, basis=basis,
+                             calibration=calibration, text=text, basis=Turns.of(basis, fmt),
                              kernel="triton")  # fmt: skip
         else:
             turned, shift = basis.query(query[-rows:])

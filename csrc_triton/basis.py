@@ -120,11 +120,11 @@ def _turn_query_kernel(
     turned = tl.dot(q, inverse)
     m = m_r[:, None] & m_n[None, :]
     if first_plane < 0:
-        p_row = p_turned + token * stride_tt + i_head * stride_th
-        tl.store(p_row[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
+        p_out = p_turned + token * stride_tt + i_head * stride_th
+        tl.store(p_out[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
     else:
-        p_row = p_spread + (token * NUM_HEADS + i_head) * PLANES
-        tl.store(p_row[:, None] + o_p[None, :], turned.to(tl.bfloat16), mask=m)
+        p_planes = p_spread + (token * NUM_HEADS + i_head) * PLANES
+        tl.store(p_planes[:, None] + o_p[None, :], turned.to(tl.bfloat16), mask=m)
     if tl.program_id(2) == 0:
         mean = tl.load(p_mean + tl.program_id(1) * D + o_d, mask=m_d, other=0)
         tl.store(p_shift + i_head * stride_sh + token, tl.sum(q * mean[None, :], 1), mask=m_r)

@@ -183,6 +183,11 @@ def test_merge():
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
     spread = {"NUM_HEADS": 28, "PLANES": 0, "PDL": False}
     compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
+    with pytest.MonkeyPatch.context() as patch:  # planes are bfloat16 in every model
+        patch.setitem(POINTERS, "p_q", "fp16")
+        patch.setitem(POINTERS, "p_turned", "fp16")
+        spread["PLANES"] = 160
+        compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
     turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
 

@@ -62,6 +62,20 @@ def test_decode_profile(case, calibration):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["one bit", "192 + 128 planes"])
+def test_decode_in_a_basis(case, dtype):
+    if case == "one bit":
+        fmt = make_format(128, 1, dtype)
+    else:
+        head_size, key, value, _, _ = decode_cases.PROFILES[case]
+        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+        fmt = make_format(head_size, bits, dtype)
+    decode_cases.run(
+        fmt, group=7, heads=1, plans=decode_cases.PLANS[:2], kernel="gluon", in_basis=True
+    )
+
+
 @pytest.mark.parametrize("profile", [False, True])
 def test_decode_of_scores_far_apart(profile):
     """All scores of some parts are more than 87 below the largest of the request."""

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from benchmarks.shapes import INTERNVL_TEXT, INTERNVL_VISION, NAMES
+from vllm_calibquant.threads import one_thread
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 INTERNVL_TOKENS = {
@@ -174,6 +175,7 @@ def make_model(name: str, directory: Path | str, max_length: int = 32768) -> Pat
     return directory
 
 
+@one_thread()
 def make_profile(directory: Path, bits: float, path: Path) -> None:
     """Write a profile for a directory of :func:`make_model`, of random moments.
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.reference.checkpoints import make_checkpoint, make_image
 from tests.tinyvlm.unpack import model_path
+from vllm_calibquant.attention.basis import PartBasis
 from vllm_calibquant.calibrate.command import State
 from vllm_calibquant.calibrate.moments import Moments, learn_basis, place_bits
 from vllm_calibquant.calibrate.probe import Answer, Probe, Reference, Score, divergence
@@ -27,7 +28,7 @@ from vllm_calibquant.calibrate.search import (
 )
 from vllm_calibquant.cli import main
 from vllm_calibquant.config import ConfigError
-from vllm_calibquant.profile import ModelIdentity, load_profile
+from vllm_calibquant.profile import ModelIdentity, PartProfile, load_profile
 
 MODEL = ModelIdentity("llava", 3, 2, 64, 128, "0")
 
@@ -120,6 +121,27 @@ def test_moments_are_sums_over_queries_and_tokens() -> None:
             torch.testing.assert_close(covariance[h], c / total, rtol=1e-4, atol=1e-5)
             x = (key if name == "key" else value)[pages >= 0, h].double()
             torch.testing.assert_close(mean[h], x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_small_matrices_take_one_thread(monkeypatch):
+    """In a container with few of a machine's cores, more of them would take minutes."""
+    used = []
+    for name in ("eigh", "inv"):
+
+        def counted(x, original=getattr(torch.linalg, name)):
+            used.append(torch.get_num_threads())
+            return original(x)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    eye = torch.eye(4, dtype=torch.float64)
+    basis, _ = learn_basis(eye, eye, 0.1)
+    part = PartProfile(basis[None].float(), torch.zeros(1, 4), (1,) * 4, torch.ones(4))
+    PartBasis.of(part, slice(None), torch.bfloat16, "cpu")
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (used, after) == ([1, 1, 1], 3)
 
 
 def test_a_basis_makes_damage_a_sum() -> None:

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 
 from vllm_calibquant.profile import LayerProfile, PartProfile
+from vllm_calibquant.threads import one_thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class PartBasis:
     """float32 ``[Hkv, D]``: the mean that the rounded shift takes off."""
 
     @classmethod
+    @one_thread()
     def of(
         cls, part: PartProfile, heads: slice, dtype: torch.dtype, device: torch.device | str
     ) -> PartBasis:

@@ -25,6 +25,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from vllm_calibquant.threads import one_thread
+
 
 @dataclass
 class Moments:
@@ -132,6 +134,7 @@ def _off_page_means(x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return x - (sums / count.clamp(min=1))[:, pages]
 
 
+@one_thread()
 def learn_basis(
     metric: torch.Tensor, covariance: torch.Tensor, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,13 +126,16 @@ def test_moments_are_sums_over_queries_and_tokens() -> None:
 def test_small_matrices_take_one_thread(monkeypatch):
     """In a container with few of a machine's cores, more of them would take minutes."""
     used = []
-    for name in ("eigh", "inv"):
 
-        def counted(x, original=getattr(torch.linalg, name)):
+    def count(original):
+        def counted(x):
             used.append(torch.get_num_threads())
             return original(x)
 
-        monkeypatch.setattr(torch.linalg, name, counted)
+        return counted
+
+    for name in ("eigh", "inv"):
+        monkeypatch.setattr(torch.linalg, name, count(getattr(torch.linalg, name)))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     eye = torch.eye(4, dtype=torch.float64)

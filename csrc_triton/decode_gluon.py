@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fragments import (
@@ -37,6 +37,7 @@ from .fragments import (
     multiply_again,
     num_groups,
     num_parts,
+    offset_scores,
     part_slots,
     pow2,
     probabilities,
@@ -135,16 +136,20 @@ def _load_scores(
 
 @gluon.jit
 def _page_query(
-    q_code, unfold, ranges, D: gl.constexpr, BITS: gl.constexpr, CODES: gl.constexpr,
+    exact, q_code, unfold, ranges, D: gl.constexpr, BITS: gl.constexpr, CODES: gl.constexpr,
     MMA: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
-    """The query in units of a page's K scales, and the bias q . lo_K in 16 equal rows."""
-    N: gl.constexpr = q_code.shape[1]
+    """The query in units of a page's K scales, and the bias q . lo_K in 16 equal rows.
+
+    Offsets may be large, so the query is not rounded for them; in bfloat16 it is made from q_code,
+    which takes fewer registers.
+    """
     scale = ranges.slice(2 * CODES, D).load(gl.SliceLayout(1, B)).to(gl.bfloat16)
-    low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
-    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], gl.bfloat16, A))
-    plain = multiply_again(q_code, unfold[:, None])
-    bias = mma_v2(rows, plain, gl.zeros([16, N], gl.float32, MMA))
+    low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A))
+    if low.dtype == gl.bfloat16:
+        bias = offset_scores(multiply_again(q_code, unfold[:, None]), low, MMA, A)
+    else:
+        bias = offset_scores(exact, low, MMA, A) * 9.313225746154785e-10  # 2**-SCORE_EXP
     qs = multiply(q_code, scale[:, None])
     if D == 128:  # plane block 15 exists
         bias = last_block_bias(qs, bias, (1 << BITS) - 1, A, B)
@@ -315,8 +320,9 @@ def _decode_kernel(
         if TURNED:
             gdc_wait()
         p_qi = p_q + req.to(gl.int64) * stride_qt + (i_head * GROUP + o_n[None, :]) * stride_qh
-        q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0).to(gl.float32)
-        q_code = (q * query_weight(o_k)[:, None]).to(gl.bfloat16)
+        q = gl.load(p_qi + o_k[:, None], mask=(o_n < GROUP)[None, :], other=0.0)
+        exact = q.to(p_cache.dtype.element_ty)
+        q_code = (q.to(gl.float32) * query_weight(o_k)[:, None]).to(gl.bfloat16)
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:
@@ -359,11 +365,11 @@ def _decode_kernel(
                 qs = q_code
                 if not keep:
                     bias, qs = _page_query(
-                        q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
+                        exact, q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
                     )
             else:
                 bias, qs = _page_query(
-                    q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
+                    exact, q_code, unfold, numbers.index(k_stage), D, BITS, CODES, MMA, A, B
                 )
             whole = (first_slot == 0) & (end_slot == SLOTS)
             p_sum = gl.zeros([16, N], gl.float32, MMA)

@@ -359,6 +359,15 @@ def fold_sum(s, MMA: gl.constexpr):
 
 
 @gluon.jit
+def offset_scores(q, low, MMA: gl.constexpr, A: gl.constexpr):
+    """Scores of a page's offsets, in 16 equal rows, from q [D, N] and lo [D] of one dtype."""
+    D: gl.constexpr = q.shape[0]
+    N: gl.constexpr = q.shape[1]
+    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], low.dtype, A))
+    return mma_v2(rows, q, gl.zeros([16, N], gl.float32, MMA))
+
+
+@gluon.jit
 def last_block_bias(qs, bias, LEVELS: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     """Add what bit 15 leaves: a code bit there is read as (1 - v) / 2 with v = 1 or -1."""
     N: gl.constexpr = qs.shape[1]

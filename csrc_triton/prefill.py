@@ -412,9 +412,14 @@ def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
 
 
 def hopper_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
-    """Whether the kernel with products of a warpgroup serves a format and device."""
+    """Whether the kernel with products of a warpgroup serves a format and device.
+
+    It makes bfloat16 keys of codes and offsets together.  Where the model has float16, that would
+    move weight between visual and text tokens if all keys have a large part in common.
+    """
     return (
         GLUON
+        and fmt.page.dtype == torch.bfloat16
         and compute_capability(device)[0] == 9
         and fmt.page.head_size == 128
         and serves_uniform(fmt)

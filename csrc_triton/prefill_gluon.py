@@ -39,6 +39,7 @@ from .fragments import (
     load_group,
     multiply,
     num_groups,
+    offset_scores,
     pow2,
     query_weight,
     value_operand,
@@ -96,7 +97,9 @@ def _prefill_kernel(
     p_qi = p_q + (begin + o_n // GROUP).to(gl.int64) * stride_qt
     p_qi += (i_head * GROUP + o_n % GROUP) * stride_qh
     m_n = (o_n < num_rows)[None, :]
-    q = gl.load(p_qi[None, :] + o_k[:, None], mask=m_n, other=0.0).to(gl.bfloat16)
+    exact = gl.load(p_qi[None, :] + o_k[:, None], mask=m_n, other=0.0)
+    exact = exact.to(p_cache.dtype.element_ty)
+    q = exact.to(gl.bfloat16)
     weight = query_weight(o_k).to(gl.bfloat16)[:, None]
 
     o_c = first_row + gl.arange(0, _N, COLUMN)
@@ -155,9 +158,8 @@ def _prefill_kernel(
         keys = ring.index(stage)
         ranges = numbers.index(stage)
         k_scale = ranges.slice(2 * CODES, D).load(gl.SliceLayout(1, B)).to(gl.bfloat16)
-        k_low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
-        rows, _ = gl.broadcast(k_low[None, :], gl.zeros([16, D], gl.bfloat16, A))
-        bias = mma_v2(rows, q, gl.zeros([16, _N], gl.float32, MMA))
+        k_low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A))
+        bias = offset_scores(exact, k_low, MMA, A)
         bias = bias * 9.313225746154785e-10  # all rows are equal; 2**-SCORE_EXP
         qs = multiply(multiply(q, weight), k_scale[:, None])
         if SIGNED:

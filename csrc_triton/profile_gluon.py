@@ -45,6 +45,7 @@ from .fragments import (
     load_tile,
     multiply,
     num_groups,
+    offset_scores,
     pow2,
     repeat_rows,
     run_slots,
@@ -378,11 +379,8 @@ def _page_query(
     A: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
     """The bias q . lo_K in 16 equal rows, and the query in units of a page's K scales."""
-    D: gl.constexpr = q.shape[0]
-    N: gl.constexpr = q.shape[1]
-    low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A)).to(gl.bfloat16)
-    rows, _ = gl.broadcast(low[None, :], gl.zeros([16, D], gl.bfloat16, A))
-    bias = mma_v2(rows, q, gl.zeros([16, N], gl.float32, MMA))
+    low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A))
+    bias = offset_scores(q, low, MMA, A)
     bias = bias * 9.313225746154785e-10  # 2**-SCORE_EXP
     out = ()
     for i in gl.static_range(_num_pieces(PLANES)):
@@ -538,8 +536,7 @@ def _attend_kernel(
             at += i_head * GROUP + (first_row + o_c) % GROUP
         _fetch_query(queries, p_planes + row * KEY_PLANES, KEY_PLANES)
         async_copy.commit_group()
-        # Rounded as its planes are, so that the errors in a key's offset and in its codes cancel.
-        q = gl.load(p_query[None, :] + o_k[:, None]).to(gl.bfloat16)
+        q = gl.load(p_query[None, :] + o_k[:, None]).to(DTYPE)
         factor = gl.zeros([N], gl.float32, COLUMN) + unit
         shift = gl.zeros([N], gl.float32, COLUMN)
         if MODE == 2:

@@ -222,7 +222,6 @@ def test_dependent_launches(tmp_path):
     [
         (1, {}),
         (1, {"p_out": "bf16"}),
-        (1, {"p_q": "fp16", "p_cache": "fp16"}),
         (2, {}),
         (4, {}),
     ],
@@ -263,21 +262,25 @@ def disassembly(compiled, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("capability", "mode", "group", "head_size", "bits"),
+    ("capability", "mode", "group", "head_size", "bits", "dtype"),
     [
-        (90, attention.ATTEND, 7, 128, 1),
-        (90, attention.EXTREMES, 7, 128, 1),
-        (90, attention.CALIBRATE, 7, 128, 1),
-        (90, attention.ATTEND, 16, 128, 1),
-        (90, attention.ATTEND, 8, 128, 2),
-        (90, attention.ATTEND, 1, 128, 4),
-        (90, attention.CALIBRATE, 1, 128, 1),
-        (90, attention.CALIBRATE, 4, 64, 1),
-        (90, attention.ATTEND, 4, 64, 2),
-        (80, attention.ATTEND, 7, 128, 1),
+        (90, attention.ATTEND, 7, 128, 1, "bf16"),
+        (90, attention.EXTREMES, 7, 128, 1, "bf16"),
+        (90, attention.CALIBRATE, 7, 128, 1, "bf16"),
+        (90, attention.ATTEND, 16, 128, 1, "bf16"),
+        (90, attention.ATTEND, 8, 128, 2, "bf16"),
+        (90, attention.ATTEND, 1, 128, 4, "bf16"),
+        (90, attention.CALIBRATE, 1, 128, 1, "bf16"),
+        (90, attention.CALIBRATE, 4, 64, 1, "bf16"),
+        (90, attention.ATTEND, 4, 64, 2, "bf16"),
+        (80, attention.ATTEND, 7, 128, 1, "bf16"),
+        (90, attention.ATTEND, 7, 128, 1, "fp16"),
+        (80, attention.CALIBRATE, 7, 128, 1, "fp16"),
     ],
 )
-def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
+def test_gluon_decode(capability, mode, group, head_size, bits, dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(POINTERS, "p_q", dtype)
+    monkeypatch.setitem(POINTERS, "p_cache", dtype)
     gluon = pytest.importorskip("triton.experimental.gluon._runtime")
     from csrc_triton.decode_gluon import _decode_kernel
 
@@ -297,7 +300,7 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     stages = 2 if mode == attention.EXTREMES else 3
     assert compiled.metadata.shared == stages * 32 * head_size, "shared memory is the ring alone"
     sass = disassembly(compiled, tmp_path)
-    products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
+    products = len(re.findall(r"\bHMMA\.16816\.F32", sass))
     steps = head_size // 16
     parts = 1 if mode == attention.EXTREMES else 2
     signs = 1 if head_size == 128 else 0  # what the last bit of a half-word needs
@@ -306,7 +309,8 @@ def test_gluon_decode(capability, mode, group, head_size, bits, tmp_path):
     # channels.
     assert len(re.findall(r"\bLOP3\b", sass)) < 4 * steps * parts * slots * bits + 100
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    assert spills < (256 if wide else 32), "registers spill to local memory"
+    most = 256 if wide else 32 if dtype == "bf16" else 64  # in fp16 the query is kept twice
+    assert spills < most, "registers spill to local memory"
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,27 @@ def test_decode_one_bit(kernel, dtype, calibration, group, sms):
                     spread=2.0, kernel=kernel, device="cuda", sms=sms)  # fmt: skip
 
 
+@pytest.mark.parametrize("kernel", ["triton", "gluon"])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("bits", [1, 2, "192 + 128 planes"])
+@pytest.mark.parametrize("group", [1, 7])
+def test_float16_keeps_large_key_offsets(kernel, calibration, bits, group):
+    if isinstance(bits, str):
+        head_size, key, value, _, _ = test_decode.PROFILES[bits]
+        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    fmt, plans = make_format(128, bits, torch.float16), test_decode.PLANS
+    test_decode.run(fmt, group=group, plans=plans, calibration=calibration, kernel=kernel,
+                    device="cuda", key_bias=300.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["triton", "auto"])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_prefill_in_float16_keeps_large_key_offsets(kernel, bits):
+    test_prefill.run_chunks(
+        128, bits, 7, (0.0, 3.0), device="cuda", kernel=kernel, dtype=torch.float16, key_bias=300.0
+    )
+
+
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize("spread", [0.01, 30.0])
 def test_narrow_and_wide_scores(calibration, spread):

@@ -36,7 +36,7 @@ PROFILES = {
 
 
 def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3,
-        kernel="triton", device="cpu", spread=1.0, in_basis=False):  # fmt: skip
+        kernel="triton", device="cpu", spread=1.0, in_basis=False, key_bias=0.0):  # fmt: skip
     limit = fmt.page.slots
     plans = [
         [p if isinstance(p, int) else (min(p[0], limit), min(p[1], limit - 1),
@@ -44,7 +44,7 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
         for plan in plans or PLANS
     ]  # fmt: skip
     pages = sum(sum(p if isinstance(p, int) else 1 for p in plan) for plan in plans) + 1
-    pool = Pool(fmt, heads, pages)
+    pool = Pool(fmt, heads, pages, key_bias=key_bias)
     requests = [make_request(pool, plan) for plan in plans]
     lens = [len(r) * BLOCK - 7 for r in requests]
     lens[-1] = 1 if requests[-1] and len(requests[-1]) == 1 else lens[-1]
@@ -97,6 +97,8 @@ def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sm
     finite = want_lse.isfinite()
     assert torch.equal(lse.cpu().isneginf(), ~finite)
     error = (lse.cpu()[finite] - want_lse[finite]).abs()
+    if key_bias:  # what the score of the bias loses, the part loses of its weight
+        assert error.max() < 5e-2
     assert (error / want_lse[finite].abs().clamp(min=1)).max() < 2e-2
     return out
 

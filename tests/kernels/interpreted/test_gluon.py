@@ -98,9 +98,24 @@ def test_decode_with_one_query_head(sms, kept, monkeypatch):
     )
 
 
-def test_decode_float16():
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize("bits", [1, 2, "192 + 128 planes"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_float16_keeps_large_key_offsets(bits, group, calibration):
+    if isinstance(bits, str):
+        head_size, key, value, _, _ = decode_cases.PROFILES[bits]
+        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    fmt, plans = make_format(128, bits, torch.float16), decode_cases.PLANS[:2]
     decode_cases.run(
-        make_format(128, 1, torch.float16), group=4, plans=decode_cases.PLANS[:2], kernel="gluon"
+        fmt, group=group, heads=1, plans=plans, calibration=calibration, kernel="gluon",
+        key_bias=300.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_prefill_in_float16_keeps_large_key_offsets(bits):
+    prefill_cases.run_chunks(
+        128, bits, 3, CALIBRATION, kernel="gluon", dtype=torch.float16, key_bias=300.0
     )
 
 

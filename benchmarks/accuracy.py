@@ -279,7 +279,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--summary", action="store_true", help="print the newest of every setting and end"
     )
-    parser.add_argument("--quick", action="store_true", help="a few minutes on two CPU cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="defaults of a few minutes on two cores"
+    )
     parser.add_argument("--model", help="name or directory; the tiny document reader if left out")
     parser.add_argument("--data", nargs="+", help="FILE.jsonl or NAME[:CONFIG[:SPLIT]] each")
     parser.add_argument("--suffix", default=SHORT_ANSWER, help="appended to questions of --data")
@@ -305,7 +307,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the record")
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(QUICK)
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
     if (args.model or args.base_url) and not args.data:
         parser.error("--model and --base-url need --data")
     cuda = torch.cuda.is_available()
@@ -403,6 +406,9 @@ def main(argv: list[str] | None = None) -> None:
         print("\nno plot: matplotlib is not installed")
     print(f"\n{path}")
     print(summary_lines(record))
+    failed = [s["setting"] for s in record["settings"] if "error" in s]
+    if failed:
+        sys.exit(f"not measured to the end: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -316,16 +316,30 @@ def test_what_fails_takes_nothing_along(tmp_path: Path) -> None:
     assert none["modes"] == {} and none["error"] == "ended with exit code 3"
 
 
+def run_here(units, settings, parts, args, take) -> None:
+    """``run_units`` without processes, on engines of a test."""
+    for i, unit in enumerate(units):
+        report = partial(lambda i, kind, content: take(Message(i, kind, content)), i)
+        engine_of_a_test(unit, settings[unit.setting], parts, args, report)
+        if settings[unit.setting].name == "refuses":
+            report("error", "after all")
+
+
+def test_a_run_fails_with_one_of_its_settings(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which the benchmark adds to
+    monkeypatch.setattr("benchmarks.accuracy.run_units", run_here)
+    with pytest.raises(SystemExit, match=r"not measured to the end: refuses$"):
+        main(["--quick", "--settings", "auto", "refuses", "--count", "2", "--out", str(tmp_path)])
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert (record["count"], record["modes"]) == (2, ["decode", "prefix-hit"])  # given, and quick
+    assert "Mode decode: exact match" in capsys.readouterr().out
+
+
 def test_a_quick_run_ends_with_its_drops_and_needs_no_matplotlib(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    def run(units, settings, parts, args, take) -> None:
-        for i, unit in enumerate(units):
-            report = partial(lambda i, kind, content: take(Message(i, kind, content)), i)
-            engine_of_a_test(unit, settings[unit.setting], parts, args, report)
-
     monkeypatch.setattr(os, "environ", os.environ.copy())  # which the benchmark adds to
-    monkeypatch.setattr("benchmarks.accuracy.run_units", run)
+    monkeypatch.setattr("benchmarks.accuracy.run_units", run_here)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     main(["--quick", "--out", str(tmp_path)])
     out = capsys.readouterr().out

@@ -281,3 +281,21 @@ def test_steps_keep_to_the_servers_limits(requests: int, tokens: int):
         assert shape.decodes + len(shape.prefills) <= requests
         assert shape.decodes + sum(shape.prefills) <= tokens
         assert min(shape.prefills, default=2) > 1
+
+
+def test_groups_of_layers_share_scratch(cuda):
+    def allocate(slots: int = 14) -> csrc_triton.StepTables:
+        return csrc_triton.allocate_tables(
+            max_num_reqs=4, max_num_blocks=8, max_num_tokens=64, slots=slots, num_kv_heads=2,
+            num_sms=4, device="cpu",
+        )  # fmt: skip
+
+    engine, other = object(), object()
+    scratch = cuda._shared_scratch(engine, allocate(), 8, 64, 0)
+    assert cuda._shared_scratch(engine, allocate(), 8, 64, 0) is scratch
+    for arguments in ((other, allocate(), 8, 64, 0), (engine, allocate(), 8, 64, 32),
+                      (engine, allocate(7), 8, 64, 0)):  # fmt: skip
+        assert cuda._shared_scratch(*arguments) is not scratch
+    found = len(cuda._scratches)
+    del scratch
+    assert len(cuda._scratches) == found - 1, "scratch outlives its layers"

@@ -104,6 +104,11 @@ def refusals(vllm_config: VllmConfig, config: CalibQuantConfig) -> list[str]:
         "not supported; use tensor parallelism",
     )
     refuse(
+        parallel.use_ubatching,
+        "dual-batch overlap (--enable-dbo, --ubatch-size) is not supported: layers have the tables "
+        "of one batch",
+    )
+    refuse(
         vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
         "KV connectors and KV offloading (--kv-transfer-config, --kv-offloading-size) copy blocks "
         "by id and are not supported",

@@ -173,12 +173,20 @@ def test_batch_invariance_is_refused(tmp_path, monkeypatch) -> None:
         plugin.configure(lambda config: None, config)
 
 
-@pytest.mark.parametrize("size", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallelism_is_refused(tmp_path, size: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("decode_context_parallel_size", 2, "context parallelism"),
+        ("prefill_context_parallel_size", 2, "context parallelism"),
+        ("enable_dbo", True, "dual-batch overlap"),
+        ("ubatch_size", 2, "dual-batch overlap"),
+    ],
+)
+def test_other_parallelism_is_refused(tmp_path, name: str, value: int, reason: str) -> None:
     """A finished configuration is changed, since vLLM wants as many devices as ranks."""
     config = start(tmp_path, LLAMA)
-    setattr(config.parallel_config, size, 2)
-    with pytest.raises(ConfigError, match="context parallelism"):
+    setattr(config.parallel_config, name, value)
+    with pytest.raises(ConfigError, match=reason):
         plugin.configure(lambda config: None, config)
 
 

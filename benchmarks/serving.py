@@ -102,9 +102,10 @@ def child(job: dict[str, Any]) -> None:
         with Path(job["output"]).open("a", encoding="utf-8") as output:
             output.write(json.dumps(cell) + "\n")
 
-    settings = job["settings"]
+    settings, begin = job["settings"], time.perf_counter()
     directory = make_model(job["model"], job["directory"], settings["max_model_len"])
     cache_settings(job["dtype"], directory)  # a profile is there when the engine asks
+    print(f"model and settings are there after {time.perf_counter() - begin:.1f} s", flush=True)
     write({"event": READY})
     sys.stdin.readline()
     begin = time.perf_counter()
@@ -441,6 +442,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     record["run"] = args.run or record["date"]
     record["device"] = next(filter(None, names.values()), record["device"])
     path = record_path("serving", record["date"], args.out)
+    if args.log_dir:
+        args.log_dir.mkdir(parents=True, exist_ok=True)
     save_record(path, record)
     Benchmark(deque(todo), args.devices or [None], record, path).run()
     if not record["cells"]:

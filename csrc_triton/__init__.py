@@ -17,7 +17,6 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 from .basis import Turns
 from .decode import (
     MAX_GROUP,
-    MAX_VALUE_PLANES,
     DecodeScratch,
     allocate_scratch,
     decode_attention,
@@ -29,7 +28,7 @@ from .merge import merge_parts
 from .metadata import StepTables, allocate_tables, build_tables
 from .prefill import prefill_attention
 from .store import store
-from .tables import DeviceFormat, cache_words
+from .tables import MAX_VALUE_PLANES, DeviceFormat, cache_words
 
 __all__ = [
     "MAX_GROUP",

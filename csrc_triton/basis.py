@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import launch
 from .merge import add_parts, begin_merge, end_merge
-from .tables import DeviceFormat, cdiv, next_power_of_2
+from .tables import DeviceFormat, cdiv, next_power_of_2, serves_planes, serves_uniform
 
 ROWS, COLUMNS = 16, 32
 
@@ -62,7 +62,7 @@ class Turns:
 
     key: torch.Tensor
     """float32 ``[Hkv, D + P, D]``: transposed inverse, and for each of P planes its component's row
-    times ``DeviceFormat.key_weights``; P is 0 where components have one width."""
+    times ``DeviceFormat.key_weights``; P is 0 where no kernel reads queries of planes."""
     key_mean: torch.Tensor
     """float32 ``[Hkv, D]``."""
     value: torch.Tensor
@@ -74,7 +74,7 @@ class Turns:
     def of(cls, basis: _Basis, fmt: DeviceFormat) -> Turns:
         """Of a basis on the format's device."""
         key = basis.key.inverse
-        if not fmt.full_page_bits and fmt.key_pairs is not None:
+        if serves_planes(fmt) and not serves_uniform(fmt):
             planes = key[:, fmt.key_source[0]] * fmt.key_weights.float()[:, None]
             key = torch.cat([key, planes], 1)
         return cls(key, basis.key.mean, basis.value.inverse, basis.value.mean)
@@ -101,16 +101,14 @@ def _turn_query_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NUM_HEADS: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs behind those of the D channels have planes."""
+    """Programs have channels, or of the PLANES behind them."""
+    tl.static_assert(PLANES == 0 or D % BN == 0)
     if PDL:
         gdc_launch_dependents()  # the next launch waits for this one's results itself
     token, i_head, m_r = _rows(num_tokens, GROUP, BM)
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    first_plane = (tl.program_id(2) - tl.cdiv(D, BN)) * BN
-    o_p = first_plane + tl.arange(0, BN)
-    o_n = tl.where(first_plane < 0, tl.program_id(2) * BN, D + first_plane) + tl.arange(0, BN)
-    m_n = tl.where(first_plane < 0, o_n < D, o_p < PLANES)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    m_d, m_n = o_d < D, o_n < D + PLANES
     p_row = p_q + token * stride_qt + i_head * stride_qh
     q = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0)
     q = q.to(tl.float32)
@@ -119,12 +117,12 @@ def _turn_query_kernel(
     inverse = tl.load(p_part + o_n[None, :] * D + o_d[:, None], mask=m, other=0)  # transposed
     turned = tl.dot(q, inverse)
     m = m_r[:, None] & m_n[None, :]
-    if first_plane < 0:
+    if tl.program_id(2) * BN < D:
         p_out = p_turned + token * stride_tt + i_head * stride_th
         tl.store(p_out[:, None] + o_n[None, :], turned.to(p_turned.dtype.element_ty), mask=m)
     else:
         p_planes = p_spread + (token * NUM_HEADS + i_head) * PLANES
-        tl.store(p_planes[:, None] + o_p[None, :], turned.to(tl.bfloat16), mask=m)
+        tl.store(p_planes[:, None] + (o_n - D)[None, :], turned.to(tl.bfloat16), mask=m)
     if tl.program_id(2) == 0:
         mean = tl.load(p_mean + tl.program_id(1) * D + o_d, mask=m_d, other=0)
         tl.store(p_shift + i_head * stride_sh + token, tl.sum(q * mean[None, :], 1), mask=m_r)
@@ -170,11 +168,13 @@ def _merge_turned_kernel(
         tl.store(p_out_lse + i_head * stride_el + token, lse, mask=m_r)
 
 
-def _grid_and_sizes(num_tokens: int, num_heads: int, turns: Turns) -> tuple[tuple, dict[str, int]]:
-    """Grid and constants of both kernels."""
+def _grid_and_sizes(
+    num_tokens: int, num_heads: int, turns: Turns, planes: int = 0
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Grid for all channels and some planes, and constants, of both kernels."""
     num_kv_heads, d = turns.key_mean.shape
     group = num_heads // num_kv_heads
-    grid = (cdiv(num_tokens * group, ROWS), num_kv_heads, cdiv(d, COLUMNS))
+    grid = (cdiv(num_tokens * group, ROWS), num_kv_heads, cdiv(d + planes, COLUMNS))
     sizes = {"GROUP": group, "D": d, "BD": next_power_of_2(d), "BM": ROWS, "BN": COLUMNS}
     return grid, sizes
 
@@ -208,9 +208,9 @@ def turn_query(
     shift = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     spread = query.new_empty((num_tokens, num_heads, num_planes), dtype=torch.bfloat16)
     if num_tokens > 0:
-        grid, sizes = _grid_and_sizes(num_tokens, num_heads, turns)
+        grid, sizes = _grid_and_sizes(num_tokens, num_heads, turns, num_planes)
         launch(
-            _turn_query_kernel, (*grid[:2], grid[2] + cdiv(num_planes, COLUMNS)),
+            _turn_query_kernel, grid,
             query, query.stride(0), query.stride(1), turns.key, turns.key_mean,
             turned, turned.stride(0), turned.stride(1), shift, shift.stride(0),
             spread, num_tokens,

@@ -19,6 +19,8 @@ from .tables import (
     compute_capability,
     next_power_of_2,
     pipeline_stages,
+    serves_planes,
+    serves_uniform,
 )
 
 try:
@@ -37,9 +39,6 @@ MAX_REGISTERS = {ATTEND: 168, EXTREMES: 112, CALIBRATE: 168}
 
 MAX_GROUP = 16
 """Most query heads of a KV head."""
-
-MAX_KEY_PLANES, MAX_VALUE_PLANES = 384, 256
-"""Most planes of a part that the kernel for components of any width has registers for."""
 
 SCORE_BYTES = 32 << 20
 """Most bytes of scores that are kept between the passes of calibration: they stay in L2."""
@@ -248,23 +247,7 @@ def gluon_serves(fmt: DeviceFormat, group: int, device: torch.device) -> bool:
     return (
         GLUON
         and compute_capability(device) >= (8, 0)
-        and fmt.page.head_size in (64, 128)
         and ((serves_uniform(fmt) and group <= MAX_GROUP) or (serves_planes(fmt) and group <= 8))
-    )
-
-
-def serves_uniform(fmt: DeviceFormat) -> bool:
-    """Whether the kernel for components of one width serves a format."""
-    return fmt.full_page_bits in (1, 2, 4)
-
-
-def serves_planes(fmt: DeviceFormat) -> bool:
-    """Whether the kernel for components of any width serves a format."""
-    return (
-        fmt.key_pairs is not None
-        and fmt.value_pairs is not None
-        and fmt.page.key_planes <= MAX_KEY_PLANES
-        and fmt.page.value_planes <= MAX_VALUE_PLANES
     )
 
 

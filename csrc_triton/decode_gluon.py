@@ -20,6 +20,7 @@ from .fragments import (
     LOG2E,
     P_EXP,
     PAGE_MASK,
+    SCORE_UNIT,
     calibration,
     exponent,
     fetch,
@@ -149,7 +150,7 @@ def _page_query(
     if low.dtype == gl.bfloat16:
         bias = offset_scores(multiply_again(q_code, unfold[:, None]), low, MMA, A)
     else:
-        bias = offset_scores(exact, low, MMA, A) * 9.313225746154785e-10  # 2**-SCORE_EXP
+        bias = offset_scores(exact, low, MMA, A) * SCORE_UNIT
     qs = multiply(q_code, scale[:, None])
     if D == 128:  # plane block 15 exists
         bias = last_block_bias(qs, bias, (1 << BITS) - 1, A, B)

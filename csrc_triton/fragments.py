@@ -29,10 +29,12 @@ from vllm_calibquant.attention.reference import LEAST_EXTENT
 from vllm_calibquant.tags import TAG_SHIFT
 
 from .gluon_compat import async_load
+from .tables import SCORE_EXP as _SCORE_EXP
 
 TAG = gl.constexpr(TAG_SHIFT)
 PAGE_MASK = gl.constexpr((1 << TAG_SHIFT) - 1)
-SCORE_EXP = gl.constexpr(30)
+SCORE_EXP = gl.constexpr(_SCORE_EXP)
+SCORE_UNIT = gl.constexpr(2.0**-_SCORE_EXP)
 P_EXP = gl.constexpr(100)
 LOG2E = gl.constexpr(1.4426950408889634)
 

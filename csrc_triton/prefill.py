@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
 from .basis import spread_query
-from .decode import MAX_REGISTERS, serves_planes, serves_uniform
+from .decode import MAX_REGISTERS
 from .launch import launch
 from .merge import add_parts, begin_merge, end_merge, load_planes, merged_heads
 from .metadata import StepTables
@@ -26,6 +26,8 @@ from .tables import (
     compute_capability,
     next_power_of_2,
     pipeline_stages,
+    serves_planes,
+    serves_uniform,
 )
 
 try:
@@ -406,7 +408,6 @@ def gluon_prefills(fmt: DeviceFormat, device: torch.device) -> bool:
     return (
         GLUON
         and compute_capability(device) >= (8, 0)
-        and fmt.page.head_size in (64, 128)
         and (serves_uniform(fmt) or serves_planes(fmt))
     )
 

@@ -21,6 +21,7 @@ from .fragments import (
     LEAST_SUM,
     LOG2E,
     PAGE_MASK,
+    SCORE_UNIT,
     TAG,
     bit,
     calibration,
@@ -159,8 +160,7 @@ def _prefill_kernel(
         ranges = numbers.index(stage)
         k_scale = ranges.slice(2 * CODES, D).load(gl.SliceLayout(1, B)).to(gl.bfloat16)
         k_low = ranges.slice(2 * CODES + D, D).load(gl.SliceLayout(0, A))
-        bias = offset_scores(exact, k_low, MMA, A)
-        bias = bias * 9.313225746154785e-10  # all rows are equal; 2**-SCORE_EXP
+        bias = offset_scores(exact, k_low, MMA, A) * SCORE_UNIT
         qs = multiply(multiply(q, weight), k_scale[:, None])
         if SIGNED:
             bias = last_block_bias(qs, bias, LEVELS, A, B)

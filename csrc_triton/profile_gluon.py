@@ -31,6 +31,7 @@ from .fragments import (
     LEAST_SUM,
     LOG2E,
     PAGE_MASK,
+    SCORE_UNIT,
     calibration,
     exponent,
     flushed_exp2,
@@ -380,8 +381,7 @@ def _page_query(
 ):  # fmt: skip
     """The bias q . lo_K in 16 equal rows, and the query in units of a page's K scales."""
     low = _numbers(low, DTYPE).index(stage).load(gl.SliceLayout(0, A))
-    bias = offset_scores(q, low, MMA, A)
-    bias = bias * 9.313225746154785e-10  # 2**-SCORE_EXP
+    bias = offset_scores(q, low, MMA, A) * SCORE_UNIT
     out = ()
     for i in gl.static_range(_num_pieces(PLANES)):
         scale = _numbers(scales[i], DTYPE).index(stage).load(gl.SliceLayout(1, B))

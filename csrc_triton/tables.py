@@ -17,6 +17,12 @@ from vllm_calibquant.format import BLOCK_SIZE, PageFormat, plane_map
 BLOCK = BLOCK_SIZE
 """Tokens of a text block and of a sub-slot."""
 
+MAX_KEY_PLANES, MAX_VALUE_PLANES = 384, 256
+"""Most planes of a part that the Gluon kernels for components of any width have registers for."""
+
+SCORE_EXP = 30
+"""Gluon kernels multiply scores by ``2**-SCORE_EXP`` (:mod:`csrc_triton.fragments`)."""
+
 
 @dataclass(frozen=True)
 class DeviceFormat:
@@ -42,7 +48,7 @@ class DeviceFormat:
         int32 ``[2, P]``: component and bit of every plane; bit -1 for a padding plane.
     key_weights : torch.Tensor
         bfloat16 ``[P]``: what the query's component is multiplied by for every plane of K, so that
-        the products of code bits (:mod:`csrc_triton.fragments`) add up to ``2**-30`` scores.
+        the products of code bits add up to scores times ``2**-SCORE_EXP``.
     key_pairs, value_pairs : torch.Tensor or None
         int32 ``[P / 2]``: which pair of components two neighbouring planes belong to; None if
         there are neighbours that are no such pair.
@@ -115,6 +121,22 @@ class DeviceFormat:
         return self.page.head_size in (64, 128) and self.uniform_bits > 0
 
 
+def serves_uniform(fmt: DeviceFormat) -> bool:
+    """Whether the Gluon kernels for components of one width serve a format."""
+    return fmt.page.head_size in (64, 128) and fmt.full_page_bits in (1, 2, 4)
+
+
+def serves_planes(fmt: DeviceFormat) -> bool:
+    """Whether the Gluon kernels for components of any width serve a format."""
+    return (
+        fmt.page.head_size in (64, 128)
+        and fmt.key_pairs is not None
+        and fmt.value_pairs is not None
+        and fmt.page.key_planes <= MAX_KEY_PLANES
+        and fmt.page.value_planes <= MAX_VALUE_PLANES
+    )
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up; Triton's own does for constants of kernels too, and takes 5 us."""
     return -(-a // b)
@@ -149,7 +171,7 @@ def _query_weights(source: torch.Tensor) -> torch.Tensor:
     power = encoded.to(torch.int16).view(torch.bfloat16).double()
     power[15] = -2.0  # the sign: a code bit is half of 1 minus what is read
     bit = source[1].cpu()
-    weights = torch.where(bit >= 0, 2.0 ** (bit - 30) / power[block], 0.0)
+    weights = torch.where(bit >= 0, 2.0 ** (bit - SCORE_EXP) / power[block], 0.0)
     return weights.bfloat16().to(source.device)
 
 

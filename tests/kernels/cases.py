@@ -93,11 +93,8 @@ class Pool:
         random.Random(self.seed).shuffle(order)
         self.free = order
         generator = torch.Generator().manual_seed(self.seed + 1)
-        self.bias = self.key_bias * torch.randn(page.head_size, generator=generator)
-
-    def keys(self, *shape: int) -> torch.Tensor:
-        """Random K, all with the same bias."""
-        return (self.numbers(*shape) + self.bias).to(self.fmt.page.dtype)
+        bias = self.key_bias * torch.randn(page.head_size, generator=generator)
+        self.bias = bias.to(page.dtype)
 
     def numbers(self, *shape: int) -> torch.Tensor:
         """Random K or V with channels of different spread and mean, in the model's dtype."""
@@ -111,7 +108,7 @@ class Pool:
         page = self.free.pop()
         d = self.fmt.page.head_size
         rows = self.numbers(BLOCK, self.num_kv_heads, 2 * d)
-        rows[..., :d] += self.bias.to(rows.dtype)
+        rows[..., :d] += self.bias
         self.cache[page] = rows.transpose(0, 1)
         self.key[page], self.value[page] = rows[..., :d], rows[..., d:]
         return page
@@ -121,7 +118,8 @@ class Pool:
         page = self.free.pop()
         f = self.fmt.page
         n = slots * BLOCK
-        key, value = (make(n, self.num_kv_heads, f.head_size) for make in (self.keys, self.numbers))
+        key, value = (self.numbers(n, self.num_kv_heads, f.head_size) for _ in range(2))
+        key += self.bias
         self.key[page], self.value[page] = torch.empty(key.shape), torch.empty(value.shape)
         for h in range(self.num_kv_heads):
             k, ks, ko = quantise(key[:, h], f.key_bits, self.fmt.key_clips.cpu(), f.dtype)

@@ -21,7 +21,7 @@ from csrc_triton.store import (
     profile_constants,
 )
 from csrc_triton.tables import pipeline_stages
-from tests.kernels.cases import counted_bits, make_format
+from tests.kernels.cases import make_format
 from tests.kernels.interpreted import test_decode
 
 pytestmark = pytest.mark.skipif(
@@ -125,9 +125,8 @@ def test_gluon_profile_store(tmp_path):
     gluon = pytest.importorskip("triton.experimental.gluon._runtime")
     from csrc_triton.store_profile_gluon import _store_kernel
 
-    head_size, key, value, _, _ = test_decode.PROFILES["64 + 160 planes, 64 channels"]
-    bits = tuple(counted_bits(head_size, *c) for c in (key, value))
-    constants = profile_constants(make_format(head_size, bits))
+    shape = test_decode.profile_shape("64 + 160 planes, 64 channels")
+    constants = profile_constants(make_format(*shape))
     compiled = compile_kernel(
         _store_kernel, constants, 90, gluon.GluonASTSource, ("stride_",),
         num_warps=constants["NUM_WARPS"], enable_fp_fusion=False, maxnreg=PROFILE_REGISTERS,
@@ -186,7 +185,7 @@ def test_merge():
     with pytest.MonkeyPatch.context() as patch:  # planes are bfloat16 in every model
         patch.setitem(POINTERS, "p_q", "fp16")
         patch.setitem(POINTERS, "p_turned", "fp16")
-        spread["PLANES"] = 160
+        spread |= {"D": 128, "PLANES": 160}
         compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
     turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
@@ -300,8 +299,11 @@ def test_gluon_decode(capability, mode, group, head_size, bits, dtype, tmp_path,
     stages = 2 if mode == attention.EXTREMES else 3
     assert compiled.metadata.shared == stages * 32 * head_size, "shared memory is the ring alone"
     sass = disassembly(compiled, tmp_path)
-    products = len(re.findall(r"\bHMMA\.16816\.F32", sass))
+    products = len(re.findall(r"\bHMMA\.16816\.F32\.BF16", sass))
+    exact = len(re.findall(r"\bHMMA\.16816\.F32 ", sass))
     steps = head_size // 16
+    assert exact == (0 if dtype == "bf16" else steps), "key offsets as the model has them"
+    products += exact
     parts = 1 if mode == attention.EXTREMES else 2
     signs = 1 if head_size == 128 else 0  # what the last bit of a half-word needs
     assert products == (2 if wide else 1) * (steps * (1 + parts * slots * bits) + signs)
@@ -324,8 +326,8 @@ def test_gluon_profile(capability, mode, case, prefill, tmp_path):
     gluon = pytest.importorskip("triton.experimental.gluon._runtime")
     from csrc_triton.profile_gluon import _attend_kernel
 
-    head_size, key, value, slots, group = test_decode.PROFILES[case]
-    page = make_format(head_size, tuple(counted_bits(head_size, *c) for c in (key, value))).page
+    head_size, _, _, slots, group = test_decode.PROFILES[case]
+    page = make_format(*test_decode.profile_shape(case)).page
     constants = {
         "NUM_HEADS": 4 * group, "GROUP": group, "D": head_size,
         "KEY_PLANES": page.key_planes, "VALUE_PLANES": page.value_planes, "SLOTS": slots,

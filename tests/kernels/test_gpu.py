@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csrc_triton import DeviceFormat
-from tests.kernels.cases import counted_bits, make_format
+from tests.kernels.cases import make_format
 from tests.kernels.interpreted import (
     test_basis,
     test_decode,
@@ -42,10 +42,8 @@ def test_decode_one_bit(kernel, dtype, calibration, group, sms):
 @pytest.mark.parametrize("bits", [1, 2, "192 + 128 planes"])
 @pytest.mark.parametrize("group", [1, 7])
 def test_float16_keeps_large_key_offsets(kernel, calibration, bits, group):
-    if isinstance(bits, str):
-        head_size, key, value, _, _ = test_decode.PROFILES[bits]
-        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-    fmt, plans = make_format(128, bits, torch.float16), test_decode.PLANS
+    shape = test_decode.profile_shape(bits) if isinstance(bits, str) else (128, bits)
+    fmt, plans = make_format(*shape, torch.float16), test_decode.PLANS
     test_decode.run(fmt, group=group, plans=plans, calibration=calibration, kernel=kernel,
                     device="cuda", key_bias=300.0)  # fmt: skip
 
@@ -98,9 +96,8 @@ def test_decode_one_width_in_a_basis(kernel, bits, calibration, group):
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 @pytest.mark.parametrize("case", test_decode.PROFILES)
 def test_decode_profile(case, kernel, dtype, sms, calibration, in_basis):
-    head_size, key, value, _, group = test_decode.PROFILES[case]
-    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-    test_decode.run(make_format(head_size, bits, dtype), group=group, plans=LONG,
+    *_, group = test_decode.PROFILES[case]
+    test_decode.run(make_format(*test_decode.profile_shape(case), dtype), group=group, plans=LONG,
                     calibration=calibration, spread=2.0, kernel=kernel, device="cuda",
                     sms=sms, in_basis=in_basis)  # fmt: skip
 
@@ -132,9 +129,7 @@ def test_store_heads_of_a_text_program(programs, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", test_decode.PROFILES)
 def test_store_profile(case, dtype, kernel, seed):
-    head_size, key, value, _, _ = test_decode.PROFILES[case]
-    fmt = make_format(head_size, (counted_bits(head_size, *key), counted_bits(head_size, *value)),
-                      dtype)  # fmt: skip
+    fmt = make_format(*test_decode.profile_shape(case), dtype)
     slots = test_store.ragged_slots(fmt, seed)
     got, want = test_store.run(fmt, slots, device="cuda", kernel=kernel, seed=seed)
     # A mean is summed in another order: it may round to the neighbouring 16-bit number.
@@ -202,11 +197,11 @@ def test_prefill_on_hopper(bits, group, splits, calibration):
 @pytest.mark.parametrize("splits", [None, 1, 16])
 @pytest.mark.parametrize("case", test_decode.PROFILES)
 def test_prefill_profile(case, splits, kernel, calibration):
-    head_size, key, value, _, group = test_decode.PROFILES[case]
-    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
+    *_, group = test_decode.PROFILES[case]
     test_prefill.run_chunks(
-        head_size, bits, group, calibration, device="cuda", splits=splits, kernel=kernel
-    )
+        *test_decode.profile_shape(case), group, calibration, device="cuda", splits=splits,
+        kernel=kernel,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 7, 64)])
@@ -225,6 +220,5 @@ def test_join_context(case, head_size):
     [(False, False), (False, True), (True, True)],
 )
 def test_graph_replays_follow_the_tables(profile, in_basis):
-    _, key, value, _, _ = test_decode.PROFILES["160 + 96 planes"]
-    bits = (counted_bits(128, *key), counted_bits(128, *value)) if profile else 1
-    test_decode.run_graph(make_format(128, bits), group=7, heads=4, in_basis=in_basis)
+    shape = test_decode.profile_shape("160 + 96 planes") if profile else (128, 1)
+    test_decode.run_graph(make_format(*shape), group=7, heads=4, in_basis=in_basis)

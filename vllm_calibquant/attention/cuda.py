@@ -289,7 +289,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         metadata.visual = visual
         metadata.num_decodes = num_decodes
         if num_prefills:
-            contexts = _contexts(common)
+            new, contexts = _new_and_cached(common)
             seen = None  # tokens of each request that are cached, or the visual ones among all
             if spans is not None:
                 seen = [span.stop for span in spans] if only_text else contexts
@@ -301,7 +301,7 @@ class MixedCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 num_requests=num_prefills,
                 tokens=slice(num_decode_tokens, common.num_actual_tokens),
                 max_query_len=common.max_query_len,
-                query_lens=tuple(_new_tokens(common)[num_decodes:]),
+                query_lens=tuple(new[num_decodes:]),
                 query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1]
                 - num_decode_tokens,
                 batch_query_start_loc=common.query_start_loc,
@@ -632,7 +632,8 @@ def _shared_scratch(
 ) -> kernels.DecodeScratch:
     """Buffers of a decode step, the same for all layers of an engine: one runs after the other.
 
-    Layers at 16 bits can make a group of every other layer; each has 100 MB at 1,024 requests.
+    Layers at 16 bits can make a group of every other layer, and each would have 20 to 80 MiB at
+    1,024 requests.
     """
     shape = (tables.max_items, tables.num_kv_heads, tables.page_rows.shape[1])
     key = (id(engine), tables.plan.device, *shape, num_heads, head_size, planes)
@@ -642,22 +643,18 @@ def _shared_scratch(
     return scratch
 
 
-def _new_tokens(common: CommonAttentionMetadata) -> list[int]:
-    """Tokens of each request that this step computes."""
+def _new_and_cached(common: CommonAttentionMetadata) -> tuple[list[int], list[int]]:
+    """New and cached tokens of each request; the latter at most, for decodes scheduled ahead."""
     starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-    return [end - begin for begin, end in pairwise(starts)]
-
-
-def _contexts(common: CommonAttentionMetadata) -> list[int]:
-    """Cached tokens of each request, exact except for decodes, which are scheduled ahead."""
     totals = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
-    return [total - n for total, n in zip(totals, _new_tokens(common), strict=True)]
+    new = [end - begin for begin, end in pairwise(starts)]
+    return new, [total - n for total, n in zip(totals, new, strict=True)]
 
 
 def _any_new(common: CommonAttentionMetadata, spans: list[range]) -> bool:
     """Whether a request has a visual token that is not cached yet."""
     # The batch may be padded with more requests.
-    pairs = zip(spans, _contexts(common), strict=False) if spans else ()
+    pairs = zip(spans, _new_and_cached(common)[1], strict=False) if spans else ()
     return any(span.stop > cached for span, cached in pairs)
 
 

@@ -30,16 +30,19 @@ def run(head_size, group, tokens, device="cpu"):
 
     wide = numbers(tokens, heads * group, head_size + 8).bfloat16()  # a strided view, as of a QKV
     query = wide[..., :head_size]
-    bits = counted_bits(head_size, head_size // 2, 14, 6, 2)
+    bits = counted_bits(head_size, head_size - 4, head_size // 2, 14, 6)
     fmt = make_format_on(make_format(head_size, (bits, bits)), device)
     turns = Turns.of(basis, fmt)
     turned, shift, planes = turn_query(query, turns)
-    assert planes.shape[2] > sum(bits)
-    real, want = fmt.key_weights > 0, spread_query(turned, fmt)
-    assert not planes[..., ~real].any() and not want[..., ~real].any()
-    # Without the powers of two, so that each plane counts alike.
-    unfolded, want = (x[..., real] / fmt.key_weights[real] for x in (planes, want))
-    assert relative_error(unfolded, want) < 6e-3
+    if head_size == 80:  # no kernel reads its planes
+        assert planes.shape[2] == 0
+    else:
+        assert planes.shape[2] == fmt.page.key_planes > sum(bits)
+        real, want = fmt.key_weights != 0, spread_query(turned, fmt)
+        assert not planes[..., ~real].any() and not want[..., ~real].any()
+        # Without the powers of two, so that each plane counts alike.
+        unfolded, want = (x[..., real] / fmt.key_weights[real] for x in (planes, want))
+        assert relative_error(unfolded, want) < 6e-3
     one_width = make_format_on(make_format(head_size, 1), device)
     plain = turn_query(query, Turns.of(basis, one_width))
     assert plain[2].shape[2] == 0 and torch.equal(plain[0], turned) and torch.equal(plain[1], shift)

@@ -9,6 +9,7 @@ from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
     BLOCK,
     Pool,
+    counted_bits,
     make_basis,
     make_format,
     make_format_on,
@@ -33,6 +34,12 @@ PROFILES = {
     "192 + 64 planes, 64 channels": (64, (64, 60, 50, 18), (42, 16, 6), 7, 3),
 }
 """Head size, components with more than 0, 1, 2, 3 bits of K and V, sub-slots, query group."""
+
+
+def profile_shape(case):
+    """Head size, and bits of the components of K and of V."""
+    head_size, *counts, _, _ = PROFILES[case]
+    return head_size, tuple(counted_bits(head_size, *c) for c in counts)
 
 
 def run(fmt, *, group, heads=2, plans=None, calibration=None, with_text=True, sms=3,

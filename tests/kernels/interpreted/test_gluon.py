@@ -53,8 +53,8 @@ def test_decode_widths(head_size, bits, group, calibration):
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
 @pytest.mark.parametrize("case", decode_cases.PROFILES)
 def test_decode_profile(case, calibration):
-    head_size, key, value, slots, group = decode_cases.PROFILES[case]
-    fmt = make_format(head_size, (counted_bits(head_size, *key), counted_bits(head_size, *value)))
+    *_, slots, group = decode_cases.PROFILES[case]
+    fmt = make_format(*decode_cases.profile_shape(case))
     assert fmt.page.slots == slots and fmt.key_pairs is not None and fmt.value_pairs is not None
     plans = [[1, (slots, 0, slots), (3, 1, 2), 2], [2], [(slots, 2, slots - 3), (slots, 0, 5), 1]]
     decode_cases.run(
@@ -65,12 +65,8 @@ def test_decode_profile(case, calibration):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["one bit", "192 + 128 planes"])
 def test_decode_in_a_basis(case, dtype):
-    if case == "one bit":
-        fmt = make_format(128, 1, dtype)
-    else:
-        head_size, key, value, _, _ = decode_cases.PROFILES[case]
-        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-        fmt = make_format(head_size, bits, dtype)
+    shape = (128, 1) if case == "one bit" else decode_cases.profile_shape(case)
+    fmt = make_format(*shape, dtype)
     decode_cases.run(
         fmt, group=7, heads=1, plans=decode_cases.PLANS[:2], kernel="gluon", in_basis=True
     )
@@ -102,10 +98,8 @@ def test_decode_with_one_query_head(sms, kept, monkeypatch):
 @pytest.mark.parametrize("bits", [1, 2, "192 + 128 planes"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_float16_keeps_large_key_offsets(bits, group, calibration):
-    if isinstance(bits, str):
-        head_size, key, value, _, _ = decode_cases.PROFILES[bits]
-        bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-    fmt, plans = make_format(128, bits, torch.float16), decode_cases.PLANS[:2]
+    shape = decode_cases.profile_shape(bits) if isinstance(bits, str) else (128, bits)
+    fmt, plans = make_format(*shape, torch.float16), decode_cases.PLANS[:2]
     decode_cases.run(
         fmt, group=group, heads=1, plans=plans, calibration=calibration, kernel="gluon",
         key_bias=300.0,
@@ -138,11 +132,10 @@ def test_prefill(head_size, bits, splits, calibration):
 def test_prefill_profile(case, splits, calibration, rows, monkeypatch):
     if rows:
         monkeypatch.setattr(prefill, "PART_ROWS", rows)
-    head_size, key, value, _, _ = decode_cases.PROFILES[case]
-    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
     prefill_cases.run_chunks(
-        head_size, bits, 3, calibration, splits=splits, kernel="gluon", lens_known=rows is not None
-    )
+        *decode_cases.profile_shape(case), 3, calibration, splits=splits, kernel="gluon",
+        lens_known=rows is not None,
+    )  # fmt: skip
 
 
 def test_requests_of_similar_length_share_launches():
@@ -164,9 +157,7 @@ def test_store_bit_for_bit(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", decode_cases.PROFILES)
 def test_store_profile(case, dtype):
-    head_size, key, value, _, _ = decode_cases.PROFILES[case]
-    bits = counted_bits(head_size, *key), counted_bits(head_size, *value)
-    fmt = make_format(head_size, bits, dtype)
+    fmt = make_format(*decode_cases.profile_shape(case), dtype)
     cache, want = store_cases.run(fmt, store_cases.ragged_slots(fmt, 2), kernel="gluon", heads=1)
     # A mean is summed in another order: it may round to the neighbouring 16-bit number.
     assert store_cases.differing_bits(cache, want) <= 8

@@ -78,8 +78,13 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 """Decode in other formats, and with the plain kernel that devices without Gluon use."""
 
-PREFILLS = ((28, 4, 128, 3328, 16), (28, 4, 2048, 16384, 1))
-"""(Hq, Hkv, new tokens, cached visual tokens, requests)."""
+PREFILLS: tuple[tuple[tuple[int, int, int, int, int], str], ...] = (
+    ((28, 4, 128, 3328, 16), "bfloat16"),
+    ((28, 4, 2048, 16384, 1), "bfloat16"),
+    ((28, 4, 128, 3328, 16), "float16"),
+    ((28, 4, 2048, 16384, 1), "float16"),
+)
+"""(Hq, Hkv, new tokens, cached visual tokens, requests) and the model's dtype."""
 
 STORE_GOALS = {4: 15.0, 8: 25.0, 32: 80.0}
 """KV heads: most microseconds to store 8192 visual tokens."""
@@ -271,13 +276,14 @@ def time_xformers(hq: int, hkv: int, tokens: int, batch: int, d: int = 128) -> f
 
 
 def time_prefill(
-    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128
-) -> tuple[float, float]:
+    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[float, float]:  # fmt: skip
     """Microseconds of new tokens over cached visual tokens, all of which they see.
 
     Returns the times without and with calibration.
     """
-    page = PageFormat.uniform(d, 1)
+    page = PageFormat.uniform(d, 1, dtype)
     fmt = DeviceFormat(page, "cuda")
     per_request = -(-tokens // page.tokens)
     cache = visual_cache(per_request * batch, hkv, page)
@@ -292,7 +298,7 @@ def time_prefill(
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * queries
     mapping = torch.full((batch * queries,), -1, dtype=torch.int64, device="cuda")
     build_tables(tables, table, lens, starts, mapping, num_decodes=0)
-    query = torch.randn(batch * queries, hq, d, device="cuda").bfloat16()
+    query = torch.randn(batch * queries, hq, d, device="cuda", dtype=dtype)
     out, lse = torch.empty_like(query), torch.empty(hq, batch * queries, device="cuda")
 
     def time(calibration: tuple[float, float] | None) -> float:
@@ -308,18 +314,19 @@ def time_prefill(
 
 
 def time_flash_prefill(
-    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128
-) -> float:
-    """Microseconds of FlashAttention 3 for the same, over bf16 pages."""
+    hq: int, hkv: int, queries: int, tokens: int, batch: int, d: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:  # fmt: skip
+    """Microseconds of FlashAttention 3 for the same, over pages of ``dtype``."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     blocks = batch * tokens // BLOCK
-    cache = torch.empty(blocks, hkv, BLOCK, 2 * d, dtype=torch.bfloat16, device="cuda").normal_()
+    cache = torch.empty(blocks, hkv, BLOCK, 2 * d, dtype=dtype, device="cuda").normal_()
     key, value = cache.transpose(1, 2).split(d, -1)
     table = torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
     lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * queries
-    query = torch.randn(batch * queries, hq, d, device="cuda").bfloat16()
+    query = torch.randn(batch * queries, hq, d, device="cuda", dtype=dtype)
     out = torch.empty_like(query)
 
     def launch() -> None:
@@ -402,14 +409,14 @@ def measure(shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
         print(format_row(row), flush=True)
     wide = [measure_variant(**variant) for variant in VARIANTS]
     prefill = []
-    for prefill_shape in PREFILLS:
-        flash = time_flash_prefill(*prefill_shape)
-        plain, calibrated = time_prefill(*prefill_shape)
+    for prefill_shape, dtype in PREFILLS:
+        flash = time_flash_prefill(*prefill_shape, dtype=getattr(torch, dtype))
+        plain, calibrated = time_prefill(*prefill_shape, dtype=getattr(torch, dtype))
         torch.cuda.empty_cache()
-        row = {"shape": prefill_shape, "fa3_bf16_us": flash, "plain_us": plain,
+        row = {"shape": prefill_shape, "dtype": dtype, "fa3_16bit_us": flash, "plain_us": plain,
                "calibrated_us": calibrated}  # fmt: skip
         prefill.append(row)
-        print(f"prefill {name(prefill_shape)}  FA3 bf16 {flash:.0f}  plain {plain:.0f}  "
+        print(f"prefill {name(prefill_shape)}, {dtype}  FA3 {flash:.0f}  plain {plain:.0f}  "
               f"calibrated {calibrated:.0f} us", flush=True)  # fmt: skip
     stores = {hkv: time_store(hkv) for hkv in STORE_GOALS}
     for hkv, us in stores.items():

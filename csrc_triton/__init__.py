@@ -3,7 +3,8 @@
 The steps of a layer, in order (all shapes fixed, nothing synchronises with the host):
 
 1. once a step: :func:`build_tables` turns tagged block ids into :class:`StepTables`;
-2. :func:`store` writes the step's K and V, text and visual, in one launch;
+2. :func:`store` writes the step's K and V, text and visual, in one launch; with a profile's basis
+   :func:`encode` comes before it;
 3. decode: stock FlashAttention over ``text_block_table`` and ``text_lens`` gives output and
    log-sum-exp of the text part, :func:`decode_attention` adds the visual pages and merges;
 4. prefill: FlashAttention over the step's own K and V and over the cached text blocks
@@ -14,7 +15,7 @@ Each file holds one kernel, and beside it the plain-PyTorch twin that it is test
 (``naive_*``).  The byte layout is defined by :mod:`vllm_calibquant.format`.
 """
 
-from .basis import Turns
+from .basis import Turns, encode
 from .decode import (
     MAX_GROUP,
     DecodeScratch,
@@ -43,6 +44,7 @@ __all__ = [
     "build_tables",
     "cache_words",
     "decode_attention",
+    "encode",
     "gluon_serves",
     "join_context",
     "merge_parts",

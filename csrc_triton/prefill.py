@@ -7,15 +7,15 @@ among several, whose results a second kernel merges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
 from .attention import ATTEND, CALIBRATE, DOT_DTYPE, EXTREMES, _attend_kernel
-from .basis import spread_query
-from .decode import MAX_REGISTERS
+from .basis import Turns, merge_turned, spread_query, turn_query
+from .decode import MAX_REGISTERS, Part
 from .launch import launch
 from .merge import add_parts, begin_merge, end_merge, load_planes, merged_heads
 from .metadata import StepTables
@@ -143,7 +143,9 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     calibration: tuple[float, float] | None = None,
-    text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    text: Part | None = None,
+    basis: Turns | None = None,
+    first_row: int = 0,
     query_lens: Sequence[int] | None = None,
     splits: int | None = None,
     kernel: str = "auto",
@@ -181,6 +183,10 @@ def prefill_attention(
     text
         Output ``[num_tokens, Hq, D]`` and log-sum-exp (float32 ``[Hq, num_tokens]``, -inf or +inf
         for no keys) of all else that the queries see, to merge into ``out`` and ``lse``.
+    basis
+        In which keys and values were coded, as ``Turns.of`` the same format: two launches more.
+    first_row
+        First row of the named requests, to which the last rows belong; looked at with a basis.
     query_lens
         Query lengths of the named requests where the host knows them: the kernel for components of
         any width then serves long and short ones apart.
@@ -195,18 +201,63 @@ def prefill_attention(
     ValueError
         If the named kernel does not serve the format or the device.
     """
+    if num_requests == 0 or max_query_len == 0:
+        return
+    attend = partial(
+        _attend, tables, fmt, kv_cache=kv_cache, query_start_loc=query_start_loc,
+        first_request=first_request, num_requests=num_requests, max_query_len=max_query_len,
+        scale=scale, calibration=calibration, query_lens=query_lens, splits=splits, kernel=kernel,
+    )  # fmt: skip
+    if basis is None:
+        attend(query=query, spread=None, out=out, lse=lse, text=text)
+        return
+    turned, shift, spread = turn_query(query, basis)
+    codes = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    codes_lse = torch.empty_like(shift)
+    attend(query=turned, spread=spread, out=codes, lse=codes_lse, text=None)
+    rows = slice(first_row, None)
+    merge_turned(
+        out[rows], (codes[rows], codes_lse[:, rows]), shift[:, rows], basis,
+        None if text is None else (text[0][rows], text[1][:, rows]),
+        scale=scale, lse=lse[:, rows],
+    )  # fmt: skip
+
+
+def _attend(
+    tables: StepTables,
+    fmt: DeviceFormat,
+    *,
+    query: torch.Tensor,
+    spread: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    first_request: int,
+    num_requests: int,
+    max_query_len: int,
+    scale: float,
+    calibration: tuple[float, float] | None,
+    text: Part | None,
+    query_lens: Sequence[int] | None,
+    splits: int | None,
+    kernel: str,
+) -> None:
+    """:func:`prefill_attention` of queries as codes see them; ``spread`` over planes or not."""
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
-    if num_requests == 0 or max_query_len == 0:
-        return
     rows = max_query_len * group
     chosen = _choose_kernel(kernel, fmt, query.device, rows)
     if chosen == "gluon" and not serves_uniform(fmt):
-        _prefill_planes(
-            tables, fmt, query, kv_cache, query_start_loc, out, lse, first_request,
-            query_lens or (max_query_len,) * num_requests, scale, calibration, text, splits,
-        )  # fmt: skip
+        if spread is None:
+            spread = spread_query(query, fmt)
+        lens = query_lens or (max_query_len,) * num_requests
+        for first, number, longest in alike(lens, PART_ROWS):
+            _attend_planes(
+                tables, fmt, query, spread, kv_cache, query_start_loc, out, lse,
+                first_request + first, number, longest, scale, calibration, text, splits,
+            )  # fmt: skip
         return
     if chosen == "triton":
         block = 16 if rows <= 16 else 64
@@ -312,31 +363,7 @@ def alike(query_lens: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
     return out
 
 
-def _prefill_planes(
-    tables: StepTables,
-    fmt: DeviceFormat,
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    first_request: int,
-    query_lens: Sequence[int],
-    scale: float,
-    calibration: tuple[float, float] | None,
-    text: tuple[torch.Tensor, torch.Tensor] | None,
-    splits: int | None,
-) -> None:
-    """The same for components of any width; PART_ROWS queries at a time."""
-    spread = spread_query(query, fmt)
-    for first, number, longest in alike(query_lens, PART_ROWS):
-        _prefill_alike(
-            tables, fmt, query, spread, kv_cache, query_start_loc, out, lse, first_request + first,
-            number, longest, scale, calibration, text, splits,
-        )  # fmt: skip
-
-
-def _prefill_alike(
+def _attend_planes(
     tables: StepTables,
     fmt: DeviceFormat,
     query: torch.Tensor,
@@ -350,10 +377,13 @@ def _prefill_alike(
     max_query_len: int,
     scale: float,
     calibration: tuple[float, float] | None,
-    text: tuple[torch.Tensor, torch.Tensor] | None,
+    text: Part | None,
     splits: int | None,
 ) -> None:
-    """The same for some requests of similar length."""
+    """:func:`_attend` for components of any width and requests of similar length.
+
+    Computes PART_ROWS queries at a time.
+    """
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group, page, planes = num_heads // num_kv_heads, fmt.page, fmt.page.value_planes
@@ -396,7 +426,7 @@ def _prefill_alike(
 
 
 def _text_arguments(
-    text: tuple[torch.Tensor, torch.Tensor] | None, out: torch.Tensor, lse: torch.Tensor
+    text: Part | None, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor | int, ...]:
     """Arguments of the merge for the text part; stand-ins if there is none."""
     x, x_lse = text or (out, lse)

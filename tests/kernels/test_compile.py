@@ -20,7 +20,7 @@ from csrc_triton.store import (
     gluon_constants,
     profile_constants,
 )
-from csrc_triton.tables import pipeline_stages
+from csrc_triton.tables import next_power_of_2, pipeline_stages
 from tests.kernels.cases import make_format
 from tests.kernels.interpreted import test_decode
 
@@ -182,6 +182,8 @@ def test_merge():
     turned = {"GROUP": 7, "D": 80, "BD": 128, "BM": basis.ROWS, "BN": basis.COLUMNS}
     spread = {"NUM_HEADS": 28, "PLANES": 0, "PDL": False}
     compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
+    many = {"BM": basis.MANY_ROWS}
+    compile_kernel(basis._turn_query_kernel, turned | spread | many, 80, num_warps=4)
     with pytest.MonkeyPatch.context() as patch:  # planes are bfloat16 in every model
         patch.setitem(POINTERS, "p_q", "fp16")
         patch.setitem(POINTERS, "p_turned", "fp16")
@@ -189,6 +191,20 @@ def test_merge():
         compile_kernel(basis._turn_query_kernel, turned | spread, 80, num_warps=2)
     turned |= {"HAS_TEXT": True, "HAS_LSE": True, "PDL": False}
     compile_kernel(basis._merge_turned_kernel, turned, 80, num_warps=2)
+    compile_kernel(basis._merge_turned_kernel, turned | many, 80, num_warps=4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_encode(head_size, capability, dtype, monkeypatch):
+    for name in ("key", "value"):
+        for what in ("", "_forward", "_shift", "_out"):
+            monkeypatch.setitem(POINTERS, f"p_{name}{what}", dtype)
+    constants = {"NUM_HEADS": 4, "D": head_size, "BD": next_power_of_2(head_size),
+                 "BM": basis.ENCODED_ROWS, "BN": basis.ENCODED_COLUMNS}  # fmt: skip
+    compiled = compile_kernel(basis._encode_kernel, constants, capability, num_warps=4)
+    assert compiled.metadata.shared <= SHARED[capability]
 
 
 def test_join():

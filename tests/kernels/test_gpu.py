@@ -204,7 +204,29 @@ def test_prefill_profile(case, splits, kernel, calibration):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 7, 64)])
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+@pytest.mark.parametrize("splits", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [None, *test_decode.PROFILES])
+def test_prefill_in_a_basis(case, dtype, splits, kernel, calibration):
+    head_size, bits = (128, 1) if case is None else test_decode.profile_shape(case)
+    group = 7 if case is None else test_decode.PROFILES[case][-1]
+    test_prefill.run_chunks(
+        head_size, bits, group, calibration, device="cuda", splits=splits, kernel=kernel,
+        dtype=dtype, in_basis=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_encoded_keys_and_values(head_size):
+    test_basis.run_encode(head_size, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("head_size", "group", "tokens"),
+    [(64, 7, 5), (80, 1, 3), (80, 1, 1024), (128, 7, 64), (128, 7, 1100)],
+)
 def test_turned_queries_and_outputs(head_size, group, tokens):
     test_basis.run(head_size, group, tokens, device="cuda")
 

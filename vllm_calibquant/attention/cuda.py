@@ -51,7 +51,6 @@ from vllm_calibquant.block_rows import BLOCK_ROWS
 from vllm_calibquant.core.spec import MixedPageSpec
 from vllm_calibquant.format import BLOCK_SIZE
 from vllm_calibquant.quantize import RangeEstimator
-from vllm_calibquant.tags import is_visual
 from vllm_calibquant.text_graphs import GRAPH_KIND
 
 logger = init_logger("vllm.calibquant")  # under vLLM's logger, which is the one with a handler
@@ -382,10 +381,7 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         key, value = key[:n], value[:n]
         basis = self.codec.basis
         if basis is not None and self.step.codes:
-            # The kernel codes what it is given: visual rows in the basis, text rows as they are.
-            coded = is_visual(slot_mapping // BLOCK_SIZE)[:, None, None]
-            key = torch.where(coded, basis.key.encode(key), key)
-            value = torch.where(coded, basis.value.encode(value), value)
+            key, value = kernels.encode(key, value, slot_mapping, basis)
         kernels.store(
             self.step.tables,
             self.page_format,
@@ -492,29 +488,20 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         """Attention of the requests with more than one new token."""
-        prefills, basis = metadata.prefills, self.codec.basis
+        prefills = metadata.prefills
         assert prefills is not None
         rows = prefills.tokens
         if prefills.joined is not None or not (prefills.only_text or prefills.has_context):
             self._one_piece(query[rows], key[rows], value[rows], kv_cache, prefills, output[rows])
-            return
-        if not prefills.only_text:
+        elif not prefills.only_text:
             parts = self._own_and_text(query, key, value, kv_cache, metadata)
-        elif not prefills.has_context:
-            output[rows].copy_(text[0][rows])
-            return
-        elif basis is None:
+            codes = torch.empty_like(query[: rows.stop])
+            lse = self._codes(query, kv_cache, prefills, codes)
+            kernels.merge_parts(output[rows], [*parts, (codes[rows], lse[:, rows])])
+        elif prefills.has_context:
             self._codes(query, kv_cache, prefills, output, text)
-            return
         else:
-            parts = [(text[0][rows], text[1][:, rows])]
-        turned, shift = (query, None) if basis is None else basis.query(query[: rows.stop])
-        codes = torch.empty_like(query[: rows.stop])
-        lse = self._codes(turned, kv_cache, prefills, codes)[:, rows]
-        codes = codes[rows]
-        if basis is not None and shift is not None:
-            codes, lse = basis.output(codes), lse + self.scale * shift.T[:, rows]
-        kernels.merge_parts(output[rows], [*parts, (codes, lse)])
+            output[rows].copy_(text[0][rows])
 
     def _one_piece(
         self,
@@ -619,6 +606,8 @@ class MixedCUDAImpl(MixedLayer, FlashAttentionImpl):
             scale=self.scale,
             calibration=self.calibration,
             text=text,
+            basis=self.turns,
+            first_row=prefills.tokens.start,
             query_lens=prefills.query_lens,
         )
         return lse

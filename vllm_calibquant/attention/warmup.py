@@ -57,6 +57,7 @@ def step_shapes(max_num_reqs: int, max_num_tokens: int) -> list[StepShape]:
         StepShape(decodes),
         # Programs for one request are few, so its pages are shared among several.
         StepShape(0, (2,), only_text=True),
+        StepShape(0, (tokens,), only_text=True),
         StepShape(0, (min(64, tokens),)),
         StepShape(0, (min(64, tokens),), behind_text=True),
         # With many requests they are not.

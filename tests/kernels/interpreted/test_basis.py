@@ -1,9 +1,10 @@
-"""turn_query and merge_turned against the basis in plain PyTorch."""
+"""encode, turn_query and merge_turned against the basis in plain PyTorch."""
 
 import pytest
 import torch
 
-from csrc_triton.basis import Turns, merge_turned, spread_query, turn_query
+from csrc_triton import basis as kernels
+from csrc_triton.basis import Turns, encode, merge_turned, spread_query, turn_query
 from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
     counted_bits,
@@ -13,10 +14,39 @@ from tests.kernels.cases import (
     on_device,
     relative_error,
 )
+from vllm_calibquant.tags import is_visual, tag
 
 
-@pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 4, 9)])
-def test_turned_queries_and_outputs(head_size, group, tokens):
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_encoded_keys_and_values(head_size):
+    run_encode(head_size)
+
+
+def run_encode(head_size, device="cpu"):
+    heads, pages = 2, [3, tag(1, 0), tag(1, 5), 4, 4, 5, 6, 7, tag(2, 3)]
+    generator = torch.Generator().manual_seed(head_size)
+    basis = on_device(make_basis(heads, head_size, generator), device)
+    slots = torch.tensor([16 * page + t for page in pages for t in range(16)])
+    slots[3 * 16 : 4 * 16] = -1  # of no token
+    slots = slots[5:].to(device)  # a tile of text alone, and one that begins in the middle
+    n = len(slots)
+    assert not is_visual(slots[64:-16] // 16).any()
+    both = torch.randn(n, 2 * heads, head_size, generator=generator).bfloat16().to(device)
+    key, value = both.split(heads, 1)
+    coded = is_visual(slots // 16)
+    for got, x, part in zip(
+        encode(key, value, slots, basis), (key, value), (basis.key, basis.value), strict=True
+    ):
+        assert got.dtype == x.dtype and got.is_contiguous()
+        assert torch.equal(got[~coded], x[~coded])
+        assert relative_error(got[coded], part.encode(x)[coded]) < 6e-3
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("head_size", "group", "tokens"), [(64, 7, 5), (80, 1, 3), (128, 4, 17)])
+def test_turned_queries_and_outputs(head_size, group, tokens, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(kernels, "MANY_TOKENS", tokens)
     run(head_size, group, tokens)
 
 

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from csrc_triton import allocate_tables, build_tables, merge_parts, prefill_attention
+from csrc_triton import Turns, allocate_tables, build_tables, merge_parts, prefill_attention
 from csrc_triton.attention import naive_visual_attention
 from csrc_triton.merge import naive_merge
 from tests.kernels.cases import (
     BLOCK,
     Pool,
+    make_basis,
     make_format,
     make_format_on,
     make_request,
+    on_device,
     relative_error,
     stale_table,
 )
@@ -29,9 +31,15 @@ def test_shares_of_a_context(splits, calibration):
     run_chunks(64, 1, 7, calibration, splits=splits)
 
 
+@pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
+@pytest.mark.parametrize("bits", [1, ((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)], ids=["1", "mixed"])
+def test_in_a_basis(bits, calibration):
+    run_chunks(64, bits, 7, calibration, in_basis=True)
+
+
 def run_chunks(
     head_size, bits, group, calibration, device="cpu", splits=None, kernel="auto", lens_known=True,
-    dtype=torch.bfloat16, key_bias=0.0,
+    dtype=torch.bfloat16, key_bias=0.0, in_basis=False,
 ):  # fmt: skip
     fmt = make_format(head_size, bits, dtype)
     slots = fmt.page.slots
@@ -48,6 +56,11 @@ def run_chunks(
                  starts.to(device), torch.full((43,), -1, dtype=torch.int64, device=device),
                  num_decodes=1)  # fmt: skip
     query = (2 * torch.randn(43, group, head_size, generator=pool.generator)).to(fmt.page.dtype)
+    scale, turns = head_size**-0.5, None
+    if in_basis:
+        basis = make_basis(1, head_size, pool.generator, fmt.page.dtype)
+        turns = Turns.of(on_device(basis, device), make_format_on(fmt, device))
+        turned, shift = basis.query(query)
 
     def attend(text=None):
         # float32: the interpreter truncates to bfloat16
@@ -56,8 +69,8 @@ def run_chunks(
         prefill_attention(
             tables, make_format_on(fmt, device), query.to(device), pool.cache.to(device),
             starts.to(device), out, lse, first_request=1, num_requests=3, max_query_len=19,
-            query_lens=query_lens[1:] if lens_known else None,
-            scale=head_size**-0.5, calibration=calibration, text=text, splits=splits, kernel=kernel,
+            query_lens=query_lens[1:] if lens_known else None, basis=turns, first_row=1,
+            scale=scale, calibration=calibration, text=text, splits=splits, kernel=kernel,
         )  # fmt: skip
         assert out[0].isnan().all()  # a decode request: not ours
         return out.cpu(), lse.cpu()
@@ -67,11 +80,13 @@ def run_chunks(
         rows = slice(int(starts[r]), int(starts[r + 1]))
         context = lens[r] - query_lens[r]
         want, want_lse = naive_visual_attention(
-            query[rows],
+            (turned if in_basis else query)[rows],
             *pool.tokens(requests[r], context, visual=True),
-            head_size**-0.5,
+            scale,
             calibration,
         )
+        if in_basis:
+            want, want_lse = basis.output(want), want_lse + scale * shift[rows].T
         if r == 2:
             assert (out[rows] == 0).all() and lse[:, rows].isneginf().all()
         else:
@@ -79,7 +94,8 @@ def run_chunks(
             error = (lse[:, rows] - want_lse).abs()
             if key_bias:  # what the score of the bias loses, the part loses of its weight
                 assert error.max() < 5e-2
-            assert (error / want_lse.abs().clamp(min=1)).max() < 2e-2
+            # Turned queries are rounded, by the interpreter towards 0.
+            assert (error / want_lse.abs().clamp(min=1)).max() < (4e-2 if in_basis else 2e-2)
     text = torch.randn(query.shape, generator=pool.generator)
     text_lse = 3 * torch.randn(lse.shape, generator=pool.generator)
     for rows, nothing in ((slice(3, 8), float("inf")), (slice(22, 24), float("-inf"))):

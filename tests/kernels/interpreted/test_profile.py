@@ -16,7 +16,7 @@ from csrc_triton import (
     allocate_tables,
     build_tables,
     decode_attention,
-    merge_parts,
+    encode,
     prefill_attention,
     store,
 )
@@ -25,7 +25,7 @@ from tests.kernels.cases import relative_error
 from tests.test_profile import MODEL, make_profile
 from vllm_calibquant.attention.reference import Calibration, VisualPages, mixed_attention
 from vllm_calibquant.attention.store import Codec, store_visual
-from vllm_calibquant.tags import is_visual, tag
+from vllm_calibquant.tags import tag
 
 HEADS, GROUP, D = 2, 3, 64
 BITS = ((4,) * 4 + (3,) * 8 + (2,) * 16 + (1,) * 24 + (0,) * 12, (2,) * 16 + (1,) * 32 + (0,) * 16)
@@ -35,7 +35,8 @@ BITS = ((4,) * 4 + (3,) * 8 + (2,) * 16 + (1,) * 24 + (0,) * 12, (2,) * 16 + (1,
 def test_store_and_attention_in_a_basis(calibration):
     model = replace(MODEL, head_size=D, num_kv_heads=HEADS)
     profile = make_profile(model, [BITS, ((2,) * 64, (1,) * 64)])
-    codec = Codec.of_profile(profile, 0, slice(0, HEADS), torch.bfloat16)
+    # The interpreter truncates to bfloat16, and float16 it rounds.
+    codec = Codec.of_profile(profile, 0, slice(0, HEADS), torch.float16)
     page = codec.page_format
     assert page.slots == 9 - 1  # the other layer's, though this one alone would fit 10
     clips = [tuple(e.factor.tolist()) for e in (codec.key_estimator, codec.value_estimator)]
@@ -45,11 +46,11 @@ def test_store_and_attention_in_a_basis(calibration):
     ids = [tag(1, s) for s in range(3)] + [2]
     mapping = torch.tensor([i * 16 + t for i in ids for t in range(16)])
     n = len(mapping)
-    key, value = (torch.randn(n, HEADS, D, generator=generator).bfloat16() for _ in range(2))
-    query = torch.randn(n, HEADS * GROUP, D, generator=generator).bfloat16()
+    key, value = (torch.randn(n, HEADS, D, generator=generator).half() for _ in range(2))
+    query = torch.randn(n, HEADS * GROUP, D, generator=generator).half()
     shape = (4, HEADS, 16, 2 * D)
     cache = torch.full((4, HEADS, page.head_bytes), 0xFF, dtype=torch.uint8)
-    cache = cache.view(torch.bfloat16).view(shape)
+    cache = cache.view(torch.float16).view(shape)
     tables = allocate_tables(max_num_reqs=1, max_num_blocks=4, max_num_tokens=n, slots=page.slots,
                              num_kv_heads=HEADS, device="cpu", num_sms=2)  # fmt: skip
     table = torch.tensor([ids], dtype=torch.int32)
@@ -60,10 +61,8 @@ def test_store_and_attention_in_a_basis(calibration):
                      num_decodes=decodes)  # fmt: skip
 
     step(n, mapping, 0)
-    coded = is_visual(mapping // 16)[:, None, None]
     basis = codec.basis
-    store(tables, fmt, torch.where(coded, basis.key.encode(key), key),
-          torch.where(coded, basis.value.encode(value), value), cache, mapping)  # fmt: skip
+    store(tables, fmt, *encode(key, value, mapping, basis), cache, mapping)
     twin = torch.full((4, HEADS, page.head_bytes), 0xFF, dtype=torch.uint8)
     store_visual(key[:48], value[:48], twin, mapping[:48], codec)
     got, want = (page.unpack(x.flatten(1).view(torch.uint8).view(4, HEADS, -1)[1]) for x in
@@ -88,7 +87,7 @@ def test_store_and_attention_in_a_basis(calibration):
             naive_visual_attention(q[None], key[48:end], value[48:end], scale)
             for q, end in zip(query[-rows:], ends, strict=True)
         ]
-        text = torch.cat([x for x, _ in parts]).bfloat16(), torch.cat([x for _, x in parts], 1)
+        text = torch.cat([x for x, _ in parts]).half(), torch.cat([x for _, x in parts], 1)
         text = text[0], text[1].float()
         out = torch.empty_like(query[-rows:])
         step(rows, mapping[-rows:], int(rows == 1))
@@ -98,11 +97,9 @@ def test_store_and_attention_in_a_basis(calibration):
                              calibration=calibration, text=text, basis=Turns.of(basis, fmt),
                              kernel="triton")  # fmt: skip
         else:
-            turned, shift = basis.query(query[-rows:])
-            codes, lse = torch.empty_like(out), torch.empty(HEADS * GROUP, rows)
-            prefill_attention(tables, fmt, turned, cache,
-                              torch.tensor([0, rows], dtype=torch.int32), codes, lse,
-                              first_request=0, num_requests=1, max_query_len=rows, scale=scale,
-                              calibration=calibration)  # fmt: skip
-            merge_parts(out, [text, (basis.output(codes), lse + scale * shift.T)])
+            prefill_attention(tables, fmt, query[-rows:], cache,
+                              torch.tensor([0, rows], dtype=torch.int32), out,
+                              torch.empty(HEADS * GROUP, rows), first_request=0, num_requests=1,
+                              max_query_len=rows, scale=scale, calibration=calibration, text=text,
+                              basis=Turns.of(basis, fmt))  # fmt: skip
         assert relative_error(out, expected) < 1e-2

@@ -4,7 +4,7 @@
 #   make test       linters, types and all tests that run without a GPU
 #   make capacity   how many requests fit into a KV pool
 #   make accuracy   what codes cost a small model, in exact match (5 minutes)
-#   make kernel-summary   the newest kernel record, as ratios to FlashAttention 3
+#   make kernel-summary   the newest kernel records, as ratios to FlashAttention 3
 #   make serving-summary  the newest serving records, as ratios to stock vLLM
 
 PYTHON ?= python3

@@ -1,7 +1,7 @@
 """Kernels beside FlashAttention 3 and xformers, in one run on one GPU.
 
 ``python -m benchmarks.kernels`` prints the table and writes a record under ``benchmarks/records``;
-``--summary`` prints the ratios of the newest record.
+``--summary`` prints the ratios of the newest record of each device.
 
 Every figure is the median of CUDA-graph replays, divided by the launches in the graph, each of
 which reads the cache of another layer until more than 200 MB have been read, so that L2 is cold;
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import RECORDS, newest_record, write_record
+from benchmarks.records import RECORDS, newest_records, write_record
 from csrc_triton import (
     DeviceFormat,
     Turns,
@@ -478,7 +478,8 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def print_summary(record: dict[str, Any]) -> None:
-    """Ratios to FlashAttention 3 bf16, one a line, and store times."""
+    """Device, ratios to FlashAttention 3 bf16, one a line, and store times."""
+    print(f"{record['device']}, {record['date'][:10]}")
     for kind in ("plain", "calibrated"):
         for row in record["decode"]:
             print(f"{kind} {name(row['shape'])} {row['fa3_bf16_us'] / row[f'{kind}_us']:.1f}")
@@ -491,11 +492,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--summary", action="store_true", help="print the newest record's ratios")
+    parser.add_argument("--summary", action="store_true", help="print the newest records' ratios")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
     args = parser.parse_args()
     if args.summary:
-        print_summary(newest_record("kernels"))
+        for record in newest_records("kernels").values():
+            print_summary(record)
         return
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --summary prints the newest record")

@@ -134,18 +134,21 @@ def save_record(path: Path, record: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def newest_record(name: str) -> dict[str, Any]:
-    """The newest record of a benchmark.
+def newest_records(name: str, folder: Path = RECORDS) -> dict[Path, dict[str, Any]]:
+    """The newest record of a benchmark on each device, by its file; in the devices' order.
 
     Raises
     ------
     FileNotFoundError
         If there is none.
     """
-    paths = sorted(RECORDS.glob(f"{name}-[0-9]*.json"))
-    if not paths:
-        raise no_record(name, RECORDS)
-    return json.loads(paths[-1].read_text(encoding="utf-8"))
+    newest = {}
+    for path in sorted(folder.glob(f"{name}-[0-9]*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        newest[record["device"]] = path, record
+    if not newest:
+        raise no_record(name, folder)
+    return dict(newest[device] for device in sorted(newest))
 
 
 def no_record(name: str, folder: Path) -> FileNotFoundError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy_report
-from benchmarks.records import RECORDS
+from benchmarks.records import RECORDS, newest_records
 from benchmarks.serving_summary import (
     EIGHT_BITS,
     NO_HARM,
@@ -273,11 +273,17 @@ def crossing_region(runs: list[Run]) -> list[str]:
 
 
 def kernels_region(folder: Path) -> list[str]:
-    """Decode attention of the newest record of :mod:`benchmarks.kernels`."""
-    paths = sorted(folder.glob("kernels-[0-9]*.json"))
-    if not paths:
+    """Decode attention of the newest records of :mod:`benchmarks.kernels`, a table a device."""
+    try:
+        records = newest_records("kernels", folder)
+    except FileNotFoundError:
         return ["The kernels have not been measured yet."]
-    record = json.loads(paths[-1].read_text(encoding="utf-8"))
+    tables = [kernels_table(path, record) for path, record in records.items()]
+    return [line for lines in tables for line in ("", *lines)][1:]
+
+
+def kernels_table(path: Path, record: dict[str, Any]) -> list[str]:
+    """One of them, and where it comes from."""
     header = ["query × KV heads, tokens × batch", "FA3 bf16", "FA3 fp8"]
     rows = []
     for found in record["decode"]:
@@ -292,7 +298,7 @@ def kernels_region(folder: Path) -> list[str]:
         *table([*header, "1 bit", "", "1 bit, calibrated", ""], rows),
         "",
         f"{record['device']}, {record['date'][:10]}, "
-        f"[{paths[-1].name}](benchmarks/records/{paths[-1].name}).",
+        f"[{path.name}](benchmarks/records/{path.name}).",
     ]
 
 

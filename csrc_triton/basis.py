@@ -36,7 +36,7 @@ from .tables import DeviceFormat, cdiv, next_power_of_2, serves_planes, serves_u
 
 ROWS, COLUMNS = 16, 32
 
-MANY_TOKENS, MANY_ROWS = 1024, 64
+MANY_TOKENS, MANY_ROWS = 128, 64
 """Tokens from which a program has more rows: the products read their matrices less often."""
 
 ENCODED_ROWS, ENCODED_COLUMNS = 64, 64

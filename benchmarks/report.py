@@ -302,8 +302,43 @@ def kernels_table(path: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
+def formats_region(folder: Path) -> list[str]:
+    """Decode in other formats, and prefill, of the newest record of :mod:`benchmarks.kernels`."""
+    try:
+        records = newest_records("kernels", folder)
+    except FileNotFoundError:
+        return ["The kernels have not been measured yet."]
+    path, record = max(records.items(), key=lambda item: item[1]["date"])
+    times = ("fa3_16bit_us", "fa3_fp8_us", "plain_us", "calibrated_us")
+    decode, prefill = [], []
+    for found in record["wide"]:
+        heads, kv_heads, tokens, batch = found["shape"]
+        what = f"{found['bits']:g} bit{'s' * (found['bits'] != 1)}"
+        what = f"profile of {what}" if found["profile"] else what
+        if found["kernel"] != "auto":
+            what += ", plain Triton"
+        row = [f"{heads} × {kv_heads}, {tokens:,} × {batch}", what]
+        row += [str(found["head_size"]), found["dtype"], *(number(found[name]) for name in times)]
+        decode.append(row)
+    for found in record["prefill"]:
+        heads, kv_heads, new, tokens, batch = found["shape"]
+        row = [f"{heads} × {kv_heads}, {new:,} behind {tokens:,} × {batch}", found["dtype"]]
+        prefill.append([*row, *(number(found[name]) for name in times if name in found)])
+    ours = ["ours", "ours, calibrated"]
+    shape = "query × KV heads, tokens × batch"
+    return [
+        *table([shape, "codes", "head size", "dtype", "FA3 16 bit", "FA3 fp8", *ours], decode),
+        "",
+        *table([shape, "dtype", "FA3 16 bit", *ours], prefill),
+        "",
+        f"{record['device']}, {record['date'][:10]}, "
+        f"[{path.name}](../benchmarks/records/{path.name}).",
+    ]
+
+
 REGIONS: dict[str, Callable[[Path], list[str]]] = {
     "decode kernels": kernels_region,
+    "kernels in other formats": formats_region,
     "accuracy": accuracy_report.accuracy_region,
     "accuracy with profiles": accuracy_report.profiles_region,
     "serving goals": lambda folder: goals_region(load_runs(folder)),

@@ -7,7 +7,8 @@ among several, whose results a second kernel merges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -129,6 +130,25 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Call(NamedTuple):
+    """What launches for any of the requests have in common; see :func:`prefill_attention`."""
+
+    tables: StepTables
+    fmt: DeviceFormat
+    query: torch.Tensor
+    """As codes see them, which a basis has turned."""
+    spread: torch.Tensor | None
+    """The same over planes of K, if that is done."""
+    kv_cache: torch.Tensor
+    query_start_loc: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    scale: float
+    calibration: tuple[float, float] | None
+    text: Part | None
+    splits: int | None
+
+
 def prefill_attention(
     tables: StepTables,
     fmt: DeviceFormat,
@@ -203,18 +223,18 @@ def prefill_attention(
     """
     if num_requests == 0 or max_query_len == 0:
         return
-    attend = partial(
-        _attend, tables, fmt, kv_cache=kv_cache, query_start_loc=query_start_loc,
-        first_request=first_request, num_requests=num_requests, max_query_len=max_query_len,
-        scale=scale, calibration=calibration, query_lens=query_lens, splits=splits, kernel=kernel,
+    call = _Call(
+        tables, fmt, query, None, kv_cache, query_start_loc, out, lse, scale, calibration, text,
+        splits,
     )  # fmt: skip
     if basis is None:
-        attend(query=query, spread=None, out=out, lse=lse, text=text)
+        _attend(call, first_request, num_requests, max_query_len, query_lens, kernel)
         return
     turned, shift, spread = turn_query(query, basis)
     codes = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     codes_lse = torch.empty_like(shift)
-    attend(query=turned, spread=spread, out=codes, lse=codes_lse, text=None)
+    call = call._replace(query=turned, spread=spread, out=codes, lse=codes_lse, text=None)
+    _attend(call, first_request, num_requests, max_query_len, query_lens, kernel)
     rows = slice(first_row, None)
     merge_turned(
         out[rows], (codes[rows], codes_lse[:, rows]), shift[:, rows], basis,
@@ -224,26 +244,12 @@ def prefill_attention(
 
 
 def _attend(
-    tables: StepTables,
-    fmt: DeviceFormat,
-    *,
-    query: torch.Tensor,
-    spread: torch.Tensor | None,
-    kv_cache: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    first_request: int,
-    num_requests: int,
-    max_query_len: int,
-    scale: float,
-    calibration: tuple[float, float] | None,
-    text: Part | None,
-    query_lens: Sequence[int] | None,
-    splits: int | None,
-    kernel: str,
-) -> None:
-    """:func:`prefill_attention` of queries as codes see them; ``spread`` over planes or not."""
+    call: _Call, first_request: int, num_requests: int, max_query_len: int,
+    query_lens: Sequence[int] | None, kernel: str,
+) -> None:  # fmt: skip
+    """Attention of queries as codes see them."""
+    (tables, fmt, query, spread, kv_cache, query_start_loc, out, lse, scale, calibration, text,
+     splits) = call  # fmt: skip
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -251,13 +257,10 @@ def _attend(
     chosen = _choose_kernel(kernel, fmt, query.device, rows)
     if chosen == "gluon" and not serves_uniform(fmt):
         if spread is None:
-            spread = spread_query(query, fmt)
+            call = call._replace(spread=spread_query(query, fmt))
         lens = query_lens or (max_query_len,) * num_requests
         for first, number, longest in alike(lens, PART_ROWS):
-            _attend_planes(
-                tables, fmt, query, spread, kv_cache, query_start_loc, out, lse,
-                first_request + first, number, longest, scale, calibration, text, splits,
-            )  # fmt: skip
+            _attend_planes(call, first_request + first, number, longest)
         return
     if chosen == "triton":
         block = 16 if rows <= 16 else 64
@@ -363,27 +366,13 @@ def alike(query_lens: Sequence[int], rows: int) -> list[tuple[int, int, int]]:
     return out
 
 
-def _attend_planes(
-    tables: StepTables,
-    fmt: DeviceFormat,
-    query: torch.Tensor,
-    spread: torch.Tensor,
-    kv_cache: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    first_request: int,
-    num_requests: int,
-    max_query_len: int,
-    scale: float,
-    calibration: tuple[float, float] | None,
-    text: Part | None,
-    splits: int | None,
-) -> None:
+def _attend_planes(call: _Call, first_request: int, num_requests: int, max_query_len: int) -> None:
     """:func:`_attend` for components of any width and requests of similar length.
 
     Computes PART_ROWS queries at a time.
     """
+    (tables, fmt, query, spread, kv_cache, query_start_loc, out, lse, scale, calibration, text,
+     splits) = call  # fmt: skip
     num_heads, d = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group, page, planes = num_heads // num_kv_heads, fmt.page, fmt.page.value_planes

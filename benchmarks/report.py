@@ -272,24 +272,38 @@ def crossing_region(runs: list[Run]) -> list[str]:
     return [*lines, "", f"![decode speed by visual share](benchmarks/records/{PLOT})"]
 
 
+NO_KERNELS = ["The kernels have not been measured yet."]
+KERNEL_SHAPE = "query × KV heads, tokens × batch"
+
+
+def kernel_shape(heads: int, kv_heads: int, *tokens_and_batch: int) -> str:
+    """A shape in a row under KERNEL_SHAPE; new tokens come before cached ones."""
+    *tokens, batch = tokens_and_batch
+    return f"{heads} × {kv_heads}, {' behind '.join(f'{n:,}' for n in tokens)} × {batch}"
+
+
+def kernels_source(path: Path, record: dict[str, Any], records: str) -> str:
+    """Device, day and file of a record of kernels, for a document that sees it in a folder."""
+    return f"{record['device']}, {record['date'][:10]}, [{path.name}]({records}/{path.name})."
+
+
 def kernels_region(folder: Path) -> list[str]:
     """Decode attention of the newest records of :mod:`benchmarks.kernels`, a table a device."""
     try:
         records = newest_records("kernels", folder)
     except FileNotFoundError:
-        return ["The kernels have not been measured yet."]
+        return NO_KERNELS
     tables = [kernels_table(path, record) for path, record in records.items()]
     return [line for lines in tables for line in ("", *lines)][1:]
 
 
 def kernels_table(path: Path, record: dict[str, Any]) -> list[str]:
     """One of them, and where it comes from."""
-    header = ["query × KV heads, tokens × batch", "FA3 bf16", "FA3 fp8"]
+    header = [KERNEL_SHAPE, "FA3 bf16", "FA3 fp8"]
     rows = []
     for found in record["decode"]:
-        heads, kv_heads, tokens, batch = found["shape"]
         stock = found["fa3_bf16_us"]
-        row = [f"{heads} × {kv_heads}, {tokens:,} × {batch}", number(stock)]
+        row = [kernel_shape(*found["shape"]), number(stock)]
         row.append(number(found["fa3_fp8_us"]))
         for name in ("plain_us", "calibrated_us"):
             row += [number(found[name]), f"{stock / found[name]:.1f}x"]
@@ -297,8 +311,7 @@ def kernels_table(path: Path, record: dict[str, Any]) -> list[str]:
     return [
         *table([*header, "1 bit", "", "1 bit, calibrated", ""], rows),
         "",
-        f"{record['device']}, {record['date'][:10]}, "
-        f"[{path.name}](benchmarks/records/{path.name}).",
+        kernels_source(path, record, "benchmarks/records"),
     ]
 
 
@@ -307,32 +320,29 @@ def formats_region(folder: Path) -> list[str]:
     try:
         records = newest_records("kernels", folder)
     except FileNotFoundError:
-        return ["The kernels have not been measured yet."]
+        return NO_KERNELS
     path, record = max(records.items(), key=lambda item: item[1]["date"])
     times = ("fa3_16bit_us", "fa3_fp8_us", "plain_us", "calibrated_us")
     decode, prefill = [], []
     for found in record["wide"]:
-        heads, kv_heads, tokens, batch = found["shape"]
         what = f"{found['bits']:g} bit{'s' * (found['bits'] != 1)}"
         what = f"profile of {what}" if found["profile"] else what
         if found["kernel"] != "auto":
             what += ", plain Triton"
-        row = [f"{heads} × {kv_heads}, {tokens:,} × {batch}", what]
-        row += [str(found["head_size"]), found["dtype"], *(number(found[name]) for name in times)]
-        decode.append(row)
+        row = [kernel_shape(*found["shape"]), what, str(found["head_size"]), found["dtype"]]
+        decode.append([*row, *(number(found[name]) for name in times)])
     for found in record["prefill"]:
-        heads, kv_heads, new, tokens, batch = found["shape"]
-        row = [f"{heads} × {kv_heads}, {new:,} behind {tokens:,} × {batch}", found["dtype"]]
+        row = [kernel_shape(*found["shape"]), found["dtype"]]
         prefill.append([*row, *(number(found[name]) for name in times if name in found)])
     ours = ["ours", "ours, calibrated"]
-    shape = "query × KV heads, tokens × batch"
     return [
-        *table([shape, "codes", "head size", "dtype", "FA3 16 bit", "FA3 fp8", *ours], decode),
+        *table(
+            [KERNEL_SHAPE, "codes", "head size", "dtype", "FA3 16 bit", "FA3 fp8", *ours], decode
+        ),
         "",
-        *table([shape, "dtype", "FA3 16 bit", *ours], prefill),
+        *table([KERNEL_SHAPE, "dtype", "FA3 16 bit", *ours], prefill),
         "",
-        f"{record['device']}, {record['date'][:10]}, "
-        f"[{path.name}](../benchmarks/records/{path.name}).",
+        kernels_source(path, record, "../benchmarks/records"),
     ]
 
 

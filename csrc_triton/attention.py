@@ -25,10 +25,9 @@ import triton
 import triton.language as tl
 
 from vllm_calibquant.attention.reference import LEAST_EXTENT
-from vllm_calibquant.tags import TAG_SHIFT
 
-_TAG = tl.constexpr(TAG_SHIFT)
-_PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
+from .metadata import PAGE_MASK, TAG
+
 _LEAST_EXTENT = tl.constexpr(LEAST_EXTENT)
 
 DOT_DTYPE = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
@@ -152,7 +151,7 @@ def _scores(
 def _run_tokens(p_req_runs, i_run, begin, end, HALF: tl.constexpr):
     """Tagged id of a run's first sub-slot, and its tokens in half runs begin .. end - 1."""
     first = tl.load(p_req_runs + i_run * 2)
-    token_begin = ((first >> _TAG) - 1) * 16
+    token_begin = ((first >> TAG) - 1) * 16
     token_end = (tl.load(p_req_runs + i_run * 2 + 1) + 1) * 16
     token_begin = tl.where(i_run * 2 < begin, tl.maximum(token_begin, HALF * 16), token_begin)
     token_end = tl.where(i_run * 2 + 2 > end, tl.minimum(token_end, HALF * 16), token_end)
@@ -218,7 +217,7 @@ def _attend_kernel(
     if MODE == 1:
         for i_run in range(begin // 2, (end + 1) // 2):
             first, token_begin, token_end = _run_tokens(p_req_runs, i_run, begin, end, HALF)
-            base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
+            base = (first & PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
             p_range = p_cache + base + RANGE_OFFSET
             qs, bias = _page_query(q, p_range, o_d, m_d, D, DOT)
             for start in range(token_begin, token_end, BT):
@@ -258,7 +257,7 @@ def _attend_kernel(
     acc = tl.zeros([BM, BD], tl.float32)
     for i_run in range(begin // 2, (end + 1) // 2):
         first, token_begin, token_end = _run_tokens(p_req_runs, i_run, begin, end, HALF)
-        base = (first & _PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
+        base = (first & PAGE_MASK).to(tl.int64) * stride_page + i_head * stride_head
         p_range = p_cache + base + RANGE_OFFSET
         qs, bias = _page_query(q, p_range, o_d, m_d, D, DOT)
         vs = tl.load(p_range + 2 * D + o_d, mask=m_d, other=0).to(tl.float32)

@@ -28,10 +28,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_calibquant.tags import TAG_SHIFT
-
 from .launch import launch
 from .merge import add_parts, begin_merge, end_merge
+from .metadata import PAGE_MASK
 from .tables import DeviceFormat, cdiv, next_power_of_2, serves_planes, serves_uniform
 
 ROWS, COLUMNS = 16, 32
@@ -41,7 +40,6 @@ MANY_TOKENS, MANY_ROWS = 128, 64
 
 ENCODED_ROWS, ENCODED_COLUMNS = 64, 64
 
-_PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -128,7 +126,7 @@ def _encode_kernel(
     o_n = i_tile * BN + tl.arange(0, BN)
     m_d, m_n = o_d < D, o_n < D
     slot = tl.load(p_slot_mapping + o_m, mask=m_m, other=-1)
-    coded = (slot >= 0) & ((slot >> 4) > _PAGE_MASK)
+    coded = (slot >= 0) & ((slot >> 4) > PAGE_MASK)
     o_m = o_m.to(tl.int64)
     p_row = p_x + o_m * stride_t + i_head * stride_h
     m = m_m[:, None] & m_n[None, :]

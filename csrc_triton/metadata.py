@@ -34,8 +34,8 @@ from vllm_calibquant.tags import TAG_SHIFT
 from .launch import launch
 from .tables import BLOCK
 
-_TAG = tl.constexpr(TAG_SHIFT)
-_PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
+TAG = tl.constexpr(TAG_SHIFT)
+PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
 _ONE_SLOT = tl.constexpr(1 << TAG_SHIFT)
 
 PROGRAMS_PER_SM = 12
@@ -245,8 +245,8 @@ def _tables_kernel(
             o_b = start + o_c
             m_b = o_b < num_blocks
             ids = tl.load(p_row + o_b, mask=m_b, other=0)
-            visual = m_b & (ids > _PAGE_MASK)
-            text = m_b & (ids <= _PAGE_MASK)
+            visual = m_b & (ids > PAGE_MASK)
+            text = m_b & (ids <= PAGE_MASK)
             at = num_text + tl.cumsum(text.to(tl.int32), 0) - 1
             tl.store(p_text + at, ids, mask=text)
             num_text += tl.sum(text.to(tl.int32), 0)
@@ -256,19 +256,19 @@ def _tables_kernel(
             # A visual block goes on with the run of the visual block before it, wherever that is.
             visual = visual & (o_b * 16 < context)
             ids_left = tl.load(p_row + o_b - 1, mask=m_b & (o_b > 0), other=0)
-            left = tl.where((ids_left > _PAGE_MASK) & m_b & (o_b > 0), o_b - 1, -1)
+            left = tl.where((ids_left > PAGE_MASK) & m_b & (o_b > 0), o_b - 1, -1)
             prev = tl.maximum(tl.associative_scan(left, 0, _last_valid), last_seen)
             prev_id = tl.load(p_row + prev, mask=visual & (prev >= 0), other=-1)
             starts = visual & (ids != prev_id + _ONE_SLOT)
             run = num_runs + tl.cumsum(starts.to(tl.int32), 0) - 1
             tl.store(p_run + run * 2, ids, mask=starts)
-            tl.store(p_run + (run - 1) * 2 + 1, (prev_id >> _TAG) - 1, mask=starts & (run > 0))
+            tl.store(p_run + (run - 1) * 2 + 1, (prev_id >> TAG) - 1, mask=starts & (run > 0))
             num_runs += tl.sum(starts.to(tl.int32), 0)
             num_visual += tl.sum(visual.to(tl.int32), 0)
             last_seen = tl.maximum(last_seen, tl.max(tl.where(visual, o_b, -1), 0))
         if num_runs > 0:
             last_id = tl.load(p_row + last_seen)
-            tl.store(p_run + (num_runs - 1) * 2 + 1, (last_id >> _TAG) - 1)
+            tl.store(p_run + (num_runs - 1) * 2 + 1, (last_id >> TAG) - 1)
         tl.store(p_text_lens + i_req, text_len)
         tl.store(p_context_lens + i_req, context_text)
         tl.store(p_num_runs + i_req, num_runs)
@@ -281,27 +281,27 @@ def _tables_kernel(
             m_t = o_t < num_tokens
             slot = tl.load(p_slot_mapping + o_t, mask=m_t, other=-1).to(tl.int32)
             block = slot >> 4
-            visual = (slot >= 0) & (block > _PAGE_MASK)
-            position = ((block >> _TAG) - 1) * 16 + (slot & 15)
+            visual = (slot >= 0) & (block > PAGE_MASK)
+            position = ((block >> TAG) - 1) * 16 + (slot & 15)
             starts = visual & (position == 0)
             page = num_pages + tl.cumsum(starts.to(tl.int32), 0) - 1
             tl.store(p_page_rows + page.to(tl.int64) * PAGE_TOKENS + position, o_t, mask=visual)
-            tl.store(p_page_ids + page, block & _PAGE_MASK, mask=starts)
+            tl.store(p_page_ids + page, block & PAGE_MASK, mask=starts)
             left_slot = tl.load(p_slot_mapping + o_t - 1, mask=m_t & (o_t > 0), other=-1).to(
                 tl.int32
             )
-            left = tl.where((left_slot >= 0) & ((left_slot >> 4) > _PAGE_MASK), o_t - 1, -1)
+            left = tl.where((left_slot >= 0) & ((left_slot >> 4) > PAGE_MASK), o_t - 1, -1)
             prev = tl.maximum(tl.associative_scan(left, 0, _last_valid), last_seen)
             prev_slot = tl.load(p_slot_mapping + prev, mask=starts & (prev >= 0), other=0).to(
                 tl.int32
             )
-            prev_tokens = ((prev_slot >> (_TAG + 4)) - 1) * 16 + (prev_slot & 15) + 1
+            prev_tokens = ((prev_slot >> (TAG + 4)) - 1) * 16 + (prev_slot & 15) + 1
             tl.store(p_page_tokens + page - 1, prev_tokens, mask=starts & (page > 0))
             num_pages += tl.sum(starts.to(tl.int32), 0)
             last_seen = tl.maximum(last_seen, tl.max(tl.where(visual, o_t, -1), 0))
         if num_pages > 0:
             last_slot = tl.load(p_slot_mapping + last_seen).to(tl.int32)
-            tokens = ((last_slot >> (_TAG + 4)) - 1) * 16 + (last_slot & 15) + 1
+            tokens = ((last_slot >> (TAG + 4)) - 1) * 16 + (last_slot & 15) + 1
             tl.store(p_page_tokens + num_pages - 1, tokens)
         tl.store(p_plan + 2, num_pages)
 

@@ -23,7 +23,7 @@ from vllm_calibquant.format import PageFormat, tile_slots
 from vllm_calibquant.tags import TAG_SHIFT
 
 from .launch import launch
-from .metadata import StepTables
+from .metadata import PAGE_MASK, StepTables
 from .tables import (
     BLOCK,
     DeviceFormat,
@@ -53,8 +53,6 @@ TEXT_PROGRAMS = 1024
 Heads that share a program are copied one after the other.
 """
 
-_PAGE_MASK = tl.constexpr((1 << TAG_SHIFT) - 1)
-
 
 @triton.jit
 def _store_text(
@@ -79,7 +77,7 @@ def _store_text(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     slot = tl.load(p_slot_mapping + o_r, mask=o_r < num_tokens, other=-1).to(tl.int32)
-    m_r = (slot >= 0) & ((slot >> 4) <= _PAGE_MASK)
+    m_r = (slot >= 0) & ((slot >> 4) <= PAGE_MASK)
     m = m_r[:, None] & m_d[None, :]
     k = tl.load(
         p_key + o_r.to(tl.int64)[:, None] * stride_kt + i_head * stride_kh + o_d[None, :], mask=m

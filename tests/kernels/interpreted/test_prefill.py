@@ -34,7 +34,8 @@ def test_shares_of_a_context(splits, calibration):
 @pytest.mark.parametrize("calibration", [None, (0.0, 3.0)])
 @pytest.mark.parametrize("bits", [1, ((3, 2, 1, 0) * 16, (1, 0, 1, 0) * 16)], ids=["1", "mixed"])
 def test_in_a_basis(bits, calibration):
-    run_chunks(64, bits, 7, calibration, in_basis=True)
+    # The interpreter truncates to bfloat16, and float16 it rounds.
+    run_chunks(64, bits, 7, calibration, dtype=torch.float16, in_basis=True)
 
 
 def run_chunks(
@@ -94,8 +95,7 @@ def run_chunks(
             error = (lse[:, rows] - want_lse).abs()
             if key_bias:  # what the score of the bias loses, the part loses of its weight
                 assert error.max() < 5e-2
-            # Turned queries are rounded, by the interpreter towards 0.
-            assert (error / want_lse.abs().clamp(min=1)).max() < (4e-2 if in_basis else 2e-2)
+            assert (error / want_lse.abs().clamp(min=1)).max() < 2e-2
     text = torch.randn(query.shape, generator=pool.generator)
     text_lse = 3 * torch.randn(lse.shape, generator=pool.generator)
     for rows, nothing in ((slice(3, 8), float("inf")), (slice(22, 24), float("-inf"))):
